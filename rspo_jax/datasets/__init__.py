@@ -1,0 +1,1 @@
+"""Generated data: vectorised generators and the TFDS builders around them."""

@@ -1,0 +1,7 @@
+"""The benchmarks, by name."""
+
+from rspo_jax.tasks import base, countdown, sudoku
+
+TASKS: dict[str, base.Task] = {
+  task.name: task for task in (countdown.TASK, sudoku.TASK)
+}

@@ -1,0 +1,172 @@
+"""Countdown: reach a target from given numbers, each used exactly once.
+
+Strict verdict. The answer is what the last closed <answer> tag holds, in it the
+last box; else the last box; else the whole completion. It must be an expression
+over + - * / and parentheses in the given numbers, optionally followed by
+`= target`. Values are exact fractions.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from rspo_jax.datasets import countdown as generator
+from rspo_jax.tasks import answers, base
+
+WEIGHTS = {"correct": 0.9, "numbers": 0.1}
+STYLES = ("compact",)
+
+_SYMBOLS = {
+  "\\times": "*",
+  "\\cdot": "*",
+  "\\div": "/",
+  "\\left": "",
+  "\\right": "",
+  "\u00d7": "*",
+  "\u00b7": "*",
+  "\u00f7": "/",
+  "\u2212": "-",
+  "[": "(",
+  "]": ")",
+}
+
+
+def prompt(example: base.Example, style: str) -> str:
+  """Returns the prompt: `12,34,56=78` in the compact style."""
+  base.check_style(style, STYLES)
+  numbers, target = example["ground_truth"]
+  return f"{','.join(map(str, numbers))}={target}"
+
+
+def demonstration(example: base.Example) -> str:
+  """Returns the canonical solution, written without spaces."""
+  return example["solution"]
+
+
+def corrupt(example: base.Example, rng) -> str:
+  """Returns a random expression on the right numbers, whatever its value.
+
+  Order, operators and tree are uniform.
+  """
+  numbers, _ = example["ground_truth"]
+  if len(numbers) != 3:
+    raise ValueError(
+      f"corrupt demonstrations need three numbers, got {numbers}; set the share"
+      " of corrupt demonstrations to 0 for this data."
+    )
+  trees = generator.trees()
+  return trees[int(rng.integers(len(trees)))].text.format(*numbers)
+
+
+def _final_answer(text: str) -> str:
+  """Returns the part of a completion that counts as its answer."""
+  if "<answer>" in text:
+    inside = answers.last_tag(text)
+    if inside is not None:
+      text = inside
+  if "\\boxed" in text:
+    boxed = answers.last_box(text)
+    if boxed is not None:
+      text = boxed
+  return text
+
+
+def _plain(text: str) -> str:
+  """Writes LaTeX and unicode operators as plain ones."""
+  if "\\" in text or not text.isascii() or "[" in text:
+    for symbol, plain in _SYMBOLS.items():
+      text = text.replace(symbol, plain)
+  text = text.strip()
+  if len(text) > 1 and text[0] == "$" and text[-1] == "$":
+    text = text.strip("$")
+  return text
+
+
+def _verdict(parts, weights, reason) -> base.Verdict:
+  reward = sum(weights[name] * value for name, value in parts.items())
+  return base.Verdict(reward, parts["correct"] == 1.0, parts, reason)
+
+
+def verify(
+  example: base.Example,
+  completion: str,
+  protocol: str = "strict",
+  weights: Mapping[str, float] | None = None,
+) -> base.Verdict:
+  """Judges one completion.
+
+  Args:
+    example: with `ground_truth` [[numbers], target].
+    completion: any text.
+    protocol: strict.
+    weights: of the parts `correct` and `numbers`; the default gives 1.0 when
+      correct, 0.1 for a well-formed expression in exactly the given numbers
+      that misses the target, 0 otherwise.
+
+  Returns:
+    Verdict with parts `correct` and `numbers`.
+  """
+  base.check_protocol(protocol)
+  weights = base.resolve_weights(WEIGHTS, weights)
+  numbers, target = example["ground_truth"]
+  text = _plain(_final_answer(answers.clip(completion)))
+  try:
+    left, equals, right = text.partition("=")
+    found = answers.tokens(left)
+    used = answers.numbers_in(found)
+    if sorted(used) != sorted(numbers):
+      return _verdict(
+        {"correct": 0.0, "numbers": 0.0},
+        weights,
+        f"uses {used[:8] or 'no numbers'}, not each of {list(numbers)} once",
+      )
+    numerator, denominator = answers.evaluate(found)
+  except answers.MalformedError as error:
+    return _verdict(
+      {"correct": 0.0, "numbers": 0.0}, weights, f"no expression: {error}"
+    )
+  value = str(numerator // denominator)
+  if numerator % denominator:
+    value = f"{numerator}/{denominator}"
+  if numerator != target * denominator:
+    return _verdict(
+      {"correct": 0.0, "numbers": 1.0}, weights, f"gives {value}, not {target}"
+    )
+  if equals and right.strip() != str(target):
+    return _verdict(
+      {"correct": 0.0, "numbers": 1.0},
+      weights,
+      f"claims to give {right.strip()[:20]!a}, not {target}",
+    )
+  return _verdict({"correct": 1.0, "numbers": 1.0}, weights, f"gives {value}")
+
+
+class Examples(Sequence):
+  """Generated problems as a random-access sequence of examples."""
+
+  def __init__(self, problems: generator.Problems):
+    self.problems = problems
+
+  def __len__(self) -> int:
+    return len(self.problems)
+
+  def __getitem__(self, index: int) -> base.Example:
+    problems = self.problems
+    return {
+      "ground_truth": [
+        problems.numbers[index].tolist(),
+        int(problems.target[index]),
+      ],
+      "solution": problems.solution(index),
+    }
+
+
+def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
+  """Loads a split of the generated data, or `settings.source`."""
+  base.check_split(split)
+  count = {"small": 16384, "large": 500_000}[settings.size]
+  count = count if split == "train" else 4096
+  return Examples(generator.generate(settings.seed, split, count))
+
+
+TASK = base.Task(
+  "countdown", load, prompt, demonstration, corrupt, verify, WEIGHTS, STYLES
+)

@@ -1,0 +1,156 @@
+"""4x4 sudoku: fill the empty cells so that rows, columns and boxes hold 1..4.
+
+Strict verdict. The answer is the digits of the last closed <answer> tag; without
+any tag it is the whole completion if that is digits and white space. Correct
+means a valid full grid that keeps the clues, whether or not it is the stored
+solution. `accuracy` is the share of empty cells that agree with the stored
+solution, a short answer counting as zeros at its end.
+"""
+
+from collections.abc import Mapping, Sequence
+
+from rspo_jax.datasets import sudoku as generator
+from rspo_jax.tasks import answers, base
+
+WEIGHTS = {"cells": 1.0, "valid": 0.0, "exact": 0.0}
+STYLES = ("compact",)
+
+_DIGITS = frozenset("0123456789")
+_FULL = frozenset("1234")
+
+
+def _units() -> tuple[tuple[int, int, int, int], ...]:
+  """Returns the cells of the 4 rows, 4 columns and 4 boxes."""
+  rows = [tuple(range(4 * r, 4 * r + 4)) for r in range(4)]
+  columns = [tuple(range(c, 16, 4)) for c in range(4)]
+  boxes = [(b, b + 1, b + 4, b + 5) for b in (0, 2, 8, 10)]
+  return (*rows, *columns, *boxes)
+
+
+_UNITS = _units()
+
+
+def prompt(example: base.Example, style: str) -> str:
+  """Returns the prompt: the 16 digits, 0 where empty, in the compact style."""
+  base.check_style(style, STYLES)
+  return example["puzzle"]
+
+
+def demonstration(example: base.Example) -> str:
+  """Returns the 16 digits of the solution."""
+  return example["ground_truth"]
+
+
+def corrupt(example: base.Example, rng) -> str:
+  """Returns the solution with each empty cell redrawn with probability 1/2."""
+  redraw = rng.random(16) < 0.5
+  drawn = rng.integers(1, 5, 16)
+  return "".join(
+    str(d) if clue == "0" and r else cell
+    for clue, cell, r, d in zip(
+      example["puzzle"], example["ground_truth"], redraw, drawn, strict=True
+    )
+  )
+
+
+def _final_digits(text: str) -> str | None:
+  """Returns the digits of the answer, None where there is no answer."""
+  if "<answer>" in text:
+    inside = answers.last_tag(text)
+    if inside is None:
+      return None
+    return "".join(c for c in inside if c in _DIGITS)
+  digits = "".join(text.split())
+  return digits if digits.isascii() and digits.isdigit() else None
+
+
+def is_valid(puzzle: str, grid: str) -> bool:
+  """Whether a grid is full, keeps the clues and breaks no rule."""
+  return (
+    len(grid) == 16
+    and all(p in ("0", g) for p, g in zip(puzzle, grid, strict=True))
+    and all(
+      {grid[a], grid[b], grid[c], grid[d]} == _FULL for a, b, c, d in _UNITS
+    )
+  )
+
+
+def verify(
+  example: base.Example,
+  completion: str,
+  protocol: str = "strict",
+  weights: Mapping[str, float] | None = None,
+) -> base.Verdict:
+  """Judges one completion.
+
+  Args:
+    example: with `puzzle` and `ground_truth`, 16 digits each.
+    completion: any text.
+    protocol: strict.
+    weights: of the parts `cells`, `valid` and `exact`.
+
+  Returns:
+    Verdict with parts `accuracy` (share of empty cells as in the stored
+    solution), `cells` (the same, but 1 for another valid solution), `valid`
+    and `exact` (the stored solution itself).
+  """
+  base.check_protocol(protocol)
+  weights = base.resolve_weights(WEIGHTS, weights)
+  puzzle, gold = example["puzzle"], example["ground_truth"]
+  digits = _final_digits(answers.clip(completion))
+  if digits is None:
+    parts = {"accuracy": 0.0, "cells": 0.0, "valid": 0.0, "exact": 0.0}
+    return base.Verdict(0.0, False, parts, "no answer")
+  exact = digits == gold
+  valid = exact or is_valid(puzzle, digits)
+  padded = digits[:16].ljust(16, "0")
+  empties = puzzle.count("0")
+  right = sum(
+    p == "0" and a == g for p, a, g in zip(puzzle, padded, gold, strict=True)
+  )
+  accuracy = right / empties if empties else float(exact)
+  parts = {
+    "accuracy": accuracy,
+    "cells": 1.0 if valid else accuracy,
+    "valid": float(valid),
+    "exact": float(exact),
+  }
+  reward = sum(weight * parts[name] for name, weight in weights.items())
+  if valid:
+    reason = "the solution" if exact else "another valid solution"
+  elif len(digits) != 16:
+    reason = f"{len(digits)} digits instead of 16"
+  else:
+    reason = f"{right} of {empties} empty cells right"
+    if right == empties:
+      reason += ", but a clue is overwritten"
+  return base.Verdict(reward, valid, parts, reason)
+
+
+class Examples(Sequence):
+  """Generated puzzles as a random-access sequence of examples."""
+
+  def __init__(self, puzzles: generator.Puzzles):
+    self.puzzles = puzzles
+
+  def __len__(self) -> int:
+    return len(self.puzzles)
+
+  def __getitem__(self, index: int) -> base.Example:
+    return {
+      "puzzle": generator.digits_text(self.puzzles.puzzle[index]),
+      "ground_truth": generator.digits_text(self.puzzles.solution[index]),
+    }
+
+
+def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
+  """Loads a split of the generated data, or `settings.source`."""
+  base.check_split(split)
+  count = {"small": 16384, "large": 500_000}[settings.size]
+  count = count if split == "train" else 4096
+  return Examples(generator.generate(settings.seed, split, count))
+
+
+TASK = base.Task(
+  "sudoku", load, prompt, demonstration, corrupt, verify, WEIGHTS, STYLES
+)
