@@ -7,6 +7,8 @@ predicts token j (LLaDA) or token j + 1 (Dream). Both live here and in
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 FAMILIES = ("llada", "dream")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -97,3 +99,322 @@ class ModelConfig:
           f"{name}={value} lies outside the vocabulary of {self.vocab_size}; "
           "correct it in the checkpoint's config.json."
         )
+
+
+class CheckpointError(ValueError):
+  """A checkpoint that cannot be read, and what to do about it."""
+
+
+class UnsupportedConfig(CheckpointError):
+  """A config.json that asks for what this transformer does not compute."""
+
+
+def from_hf(
+  config: Mapping[str, Any], ids: Mapping[str, int] | None = None
+) -> ModelConfig:
+  """Translates a checkpoint's config.json.
+
+  Every key that changes the computation is honoured or refused by name; one
+  that is missing is an error, because the defaults of the original classes
+  are those of other models. Dropout rates act in the original's training
+  only and are passed over.
+
+  Args:
+    config: config.json as read.
+    ids: `mask_token_id`, `eos_token_id`, `pad_token_id` of the tokenizer,
+      taken where config.json leaves them out or null.
+
+  Raises:
+    UnsupportedConfig: with key, value and remedy.
+  """
+  fields = _Fields(config)
+  kind = fields.get("model_type")
+  readers = {"llada": _from_llada, "Dream": _from_dream}
+  if kind not in readers:
+    raise UnsupportedConfig(
+      f"config.json: model_type={kind!r} is not known; supported are "
+      f"{sorted(readers)}."
+    )
+  for key, neutral in _ONLY_NEUTRAL.items():
+    if key in config and config[key] not in neutral:
+      raise fields.refuse(key, f"only {' or '.join(map(repr, neutral))}")
+  values = readers[kind](fields)
+  for role in ("mask", "eos", "pad"):
+    key = f"{role}_token_id"
+    value = config.get(key)
+    if value is None:
+      value = (ids or {}).get(key)
+    if value is None:
+      raise UnsupportedConfig(
+        f"config.json has no {key}, and no tokenizer says which token it is; "
+        f"add {key} to config.json."
+      )
+    if type(value) is not int or not 0 <= value < values["vocab_size"]:
+      raise fields.refuse(
+        key, f"one id below the {values['vocab_size']} rows of the embedding"
+      )
+    values[f"{role}_id"] = value
+  try:
+    return ModelConfig(**values)
+  except UnsupportedConfig:
+    raise
+  except ValueError as error:
+    raise UnsupportedConfig(f"config.json: {error}") from error
+
+
+def to_hf(config: ModelConfig) -> dict[str, Any]:
+  """The config.json that `from_hf` reads back as this model."""
+  if config.family == "llada":
+    return {
+      **_LLADA_FIXED,
+      "d_model": config.width,
+      "n_layers": config.layers,
+      "n_heads": config.heads,
+      "n_kv_heads": config.kv_heads,
+      "mlp_hidden_size": config.mlp_width,
+      "vocab_size": config.vocab_size,
+      "embedding_size": config.vocab_size,
+      "max_sequence_length": config.max_length,
+      "rope_theta": config.rope_theta,
+      "rms_norm_eps": config.norm_eps,
+      "include_bias": config.linear_bias,
+      "include_qkv_bias": config.qkv_bias,
+      "bias_for_layer_norm": config.norm_bias,
+      "attention_layer_norm": config.qk_norm,
+      "scale_logits": config.scale_logits,
+      "input_emb_norm": config.scale_embedding,
+      "weight_tying": config.tie_embeddings,
+      "mask_token_id": config.mask_id,
+      "eos_token_id": config.eos_id,
+      "pad_token_id": config.pad_id,
+    }
+  return {
+    **_DREAM_FIXED,
+    "hidden_size": config.width,
+    "num_hidden_layers": config.layers,
+    "num_attention_heads": config.heads,
+    "num_key_value_heads": config.kv_heads,
+    "intermediate_size": config.mlp_width,
+    "vocab_size": config.vocab_size,
+    "max_position_embeddings": config.max_length,
+    "rope_theta": config.rope_theta,
+    "rms_norm_eps": config.norm_eps,
+    "tie_word_embeddings": config.tie_embeddings,
+    "mask_token_id": config.mask_id,
+    "eos_token_id": config.eos_id,
+    "pad_token_id": config.pad_id,
+  }
+
+
+# What this transformer is, in the words of the two configs.
+_LLADA_FIXED = {
+  "model_type": "llada",
+  "architectures": ["LLaDAModelLM"],
+  "auto_map": {
+    "AutoConfig": "configuration_llada.LLaDAConfig",
+    "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+    "AutoModel": "modeling_llada.LLaDAModelLM",
+  },
+  "activation_type": "silu",
+  "alibi": False,
+  "attention_dropout": 0.0,
+  "attention_layer_norm_with_affine": True,
+  "block_group_size": 1,
+  "block_type": "llama",
+  "embedding_dropout": 0.0,
+  "flash_attention": False,
+  "layer_norm_type": "rms",
+  "layer_norm_with_affine": True,
+  "mlp_ratio": 4,
+  "multi_query_attention": None,
+  "residual_dropout": 0.0,
+  "rope": True,
+  "rope_full_precision": True,
+  "use_cache": False,
+}
+_DREAM_FIXED = {
+  "model_type": "Dream",
+  "architectures": ["DreamModel"],
+  "auto_map": {
+    "AutoConfig": "configuration_dream.DreamConfig",
+    "AutoModel": "modeling_dream.DreamModel",
+  },
+  "attention_dropout": 0.0,
+  "hidden_act": "silu",
+  "rope_scaling": None,
+  "sliding_window": None,
+  "use_cache": True,
+  "use_mrope": False,
+  "use_sliding_window": False,
+}
+
+# Keys of relatives of these models: absent from the two families' configs,
+# and not computed here, so that only a value that switches them off passes.
+_ONLY_NEUTRAL = {
+  "clip_qkv": (None,),
+  "norm_after": (None, False),
+  "residual_scale": (None, 1, 1.0),
+  "residual_multiplier": (None, 1, 1.0),
+  "embedding_multiplier": (None, 1, 1.0),
+  "attention_multiplier": (None,),
+  "logits_scaling": (None, 1, 1.0),
+  "logit_softcapping": (None,),
+  "final_logit_softcapping": (None,),
+  "attn_logit_softcapping": (None,),
+  "emb_init_std": (None,),
+  "scale_emb_init": (None, False),
+  "partial_rotary_factor": (None, 1, 1.0),
+  "quantization_config": (None,),
+  "num_experts": (None, 0),
+}
+
+
+class _Fields:
+  """Keys of a config.json, with errors that name key, value and remedy."""
+
+  def __init__(self, config: Mapping[str, Any]):
+    self._config = config
+
+  def get(self, key: str):
+    """The value of a key that must be there."""
+    if key not in self._config:
+      raise UnsupportedConfig(
+        f"config.json has no {key}, which changes what the model computes; "
+        "add it (defaults of the original code are not assumed)."
+      )
+    return self._config[key]
+
+  def refuse(self, key: str, supported: str) -> UnsupportedConfig:
+    """The error for a value that is not supported."""
+    return UnsupportedConfig(
+      f"config.json: {key}={self._config.get(key)!r} is not supported; "
+      f"{supported} can be computed here."
+    )
+
+  def count(self, key: str) -> int:
+    """A positive whole number."""
+    value = self.get(key)
+    if type(value) is not int or value < 1:
+      raise self.refuse(key, "only a positive whole number")
+    return value
+
+  def positive(self, key: str) -> float:
+    """A positive finite number."""
+    value = self.get(key)
+    if type(value) not in (int, float) or not 0 < value < float("inf"):
+      raise self.refuse(key, "only a positive number")
+    return float(value)
+
+  def switch(self, key: str, null: bool | None = None) -> bool:
+    """True or false; null means `null` where that is given."""
+    value = self.get(key)
+    if value is None and null is not None:
+      return null
+    if type(value) is not bool:
+      raise self.refuse(key, "only true or false")
+    return value
+
+  def only(self, key: str, *supported) -> None:
+    """Refuses all values but these."""
+    value = self.get(key)
+    if value not in supported or isinstance(value, bool) != isinstance(
+      supported[0], bool
+    ):
+      raise self.refuse(key, "only " + " or ".join(map(repr, supported)))
+
+
+def _from_llada(fields: _Fields) -> dict[str, Any]:
+  """ModelConfig's values but for the ids, of a LLaDA config.json."""
+  fields.only("block_type", "llama")
+  fields.only("block_group_size", 1)
+  fields.only("activation_type", "silu")
+  fields.only("layer_norm_type", "rms")
+  fields.only("layer_norm_with_affine", True)
+  fields.only("rope", True)
+  fields.only("alibi", False)
+  qk_norm = fields.switch("attention_layer_norm")
+  if qk_norm:
+    fields.only("attention_layer_norm_with_affine", True)
+  bias = fields.switch("include_bias")
+  rows = vocabulary = fields.count("vocab_size")
+  if fields.get("embedding_size") is not None:
+    rows = fields.count("embedding_size")
+  if rows < vocabulary:
+    raise fields.refuse(
+      "embedding_size", f"only vocab_size={vocabulary} or more rows"
+    )
+  if fields.get("mlp_hidden_size") is None:
+    mlp_width = fields.positive("mlp_ratio") * fields.count("d_model")
+    if mlp_width != int(mlp_width):
+      raise fields.refuse("mlp_ratio", "only a whole width of the MLP")
+  else:
+    mlp_width = fields.count("mlp_hidden_size")
+  return {
+    "family": "llada",
+    "vocab_size": rows,
+    "width": fields.count("d_model"),
+    "layers": fields.count("n_layers"),
+    "heads": fields.count("n_heads"),
+    "kv_heads": _llada_kv_heads(fields),
+    "mlp_width": int(mlp_width),
+    "rope_theta": fields.positive("rope_theta"),
+    "norm_eps": fields.positive("rms_norm_eps"),
+    "max_length": fields.count("max_sequence_length"),
+    # The projections have a bias when either switch is on.
+    "qkv_bias": fields.switch("include_qkv_bias", null=bias) or bias,
+    "linear_bias": bias,
+    "norm_bias": fields.switch("bias_for_layer_norm", null=bias),
+    "qk_norm": qk_norm,
+    "scale_logits": fields.switch("scale_logits"),
+    "scale_embedding": fields.switch("input_emb_norm"),
+    "tie_embeddings": fields.switch("weight_tying"),
+  }
+
+
+def _llada_kv_heads(fields: _Fields) -> int:
+  """Key and value heads; two keys say it, and they must agree."""
+  heads = fields.count("n_heads")
+  multi_query = fields.switch("multi_query_attention", null=False)
+  if fields.get("n_kv_heads") is None:
+    return 1 if multi_query else heads
+  kv_heads = fields.count("n_kv_heads")
+  if fields.get("multi_query_attention") is None:
+    return kv_heads
+  implied = 1 if multi_query else heads
+  if kv_heads != implied:
+    raise fields.refuse(
+      "n_kv_heads",
+      f"multi_query_attention={multi_query} means {implied}, so only that",
+    )
+  return kv_heads
+
+
+def _from_dream(fields: _Fields) -> dict[str, Any]:
+  """ModelConfig's values but for the ids, of a Dream config.json."""
+  fields.only("hidden_act", "silu")
+  fields.only("rope_scaling", None)
+  fields.only("use_sliding_window", False)
+  fields.only("use_mrope", False)
+  width, heads = (
+    fields.count("hidden_size"),
+    fields.count("num_attention_heads"),
+  )
+  if fields._config.get("head_dim") not in (None, width // heads):
+    raise fields.refuse(
+      "head_dim", f"only hidden_size / heads = {width // heads}"
+    )
+  return {
+    "family": "dream",
+    "vocab_size": fields.count("vocab_size"),
+    "width": width,
+    "layers": fields.count("num_hidden_layers"),
+    "heads": heads,
+    "kv_heads": fields.count("num_key_value_heads"),
+    "mlp_width": fields.count("intermediate_size"),
+    "rope_theta": fields.positive("rope_theta"),
+    "norm_eps": fields.positive("rms_norm_eps"),
+    "max_length": fields.count("max_position_embeddings"),
+    "qkv_bias": True,
+    "logit_shift": True,
+    "tie_embeddings": fields.switch("tie_word_embeddings"),
+  }
