@@ -23,6 +23,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -40,6 +41,7 @@ _FORMAT = 1
 _NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 _HASH_THREADS = 4
 _READ_BYTES = 1 << 22
+_LISTINGS = 3
 
 
 class CheckpointError(Exception):
@@ -144,7 +146,10 @@ class Checkpointer:
     Raises:
       CheckpointError: this save could not start, or the one before it failed.
       TypeError: a leaf of the state is no array, or `extra` no JSON.
+      ValueError: step or score is out of range.
     """
+    if score is not None and not math.isfinite(score):
+      raise ValueError(f"score={score} must be finite, or None.")
     self.wait()
     leaves, _ = _leaves_by_name(state)
     commit = {
@@ -230,9 +235,7 @@ class Checkpointer:
     """
     if self._thread is None:
       return
-    self._thread.join()
-    self._thread = None
-    failure, self._failure = self._failure, None
+    failure = self._join()
     if jax.process_count() > 1:
       # A process that went on alone would hang in the next collective.
       failed = multihost_utils.process_allgather(np.array(failure is not None))
@@ -246,21 +249,41 @@ class Checkpointer:
       raise failure
 
   def close(self) -> None:
-    """Waits for the save under way and releases Orbax's threads."""
-    if self._closed:
-      return
-    self._closed = True
+    """Waits for the save under way and releases Orbax's threads.
+
+    Raises:
+      CheckpointError: the last save failed.
+    """
     try:
       self.wait()
     finally:
-      self._orbax.close()
-      logging.getLogger("absl").removeFilter(self._quiet)
+      self._release()
 
   def __enter__(self) -> "Checkpointer":
     return self
 
-  def __exit__(self, *_) -> None:
-    self.close()
+  def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+    if kind is None:
+      self.close()
+      return
+    # The other processes may be anywhere: ask them nothing. The error on its
+    # way out matters more than that of a save.
+    self._join()
+    self._release()
+
+  def _join(self) -> CheckpointError | None:
+    """Waits for our own thread; returns and forgets its failure."""
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    failure, self._failure = self._failure, None
+    return failure
+
+  def _release(self) -> None:
+    if not self._closed:
+      self._closed = True
+      self._orbax.close()
+      logging.getLogger("absl").removeFilter(self._quiet)
 
   # --- writing ---
 
@@ -316,15 +339,15 @@ class Checkpointer:
         complete[folder.path.name] = _read_commit(folder.path)
       except _DamageError:
         continue
-    # A later attempt replaces the earlier one of the same step.
+    # A later attempt replaces the earlier one of the same step, and steps past
+    # the newest save belong to a history that the run has left: found at the
+    # next start, they would bring it back.
     name_by_step = {}
     for name in sorted(complete, key=_parse):
-      name_by_step[complete[name]["step"]] = name
+      if complete[name]["step"] <= complete[newest.name]["step"]:
+        name_by_step[complete[name]["step"]] = name
     steps = sorted(name_by_step)
     kept = set(steps[-self._keep_last :])
-    # After a fall-back the new save may be older than a leftover: never drop
-    # what was just written.
-    kept.add(complete[newest.name]["step"])
     if self._keep_every is not None:
       kept.update(s for s in steps if s % self._keep_every == 0)
     if self._keep_best:
@@ -365,35 +388,46 @@ class Checkpointer:
 
   def _choose(self, step: int | None) -> tuple[epath.Path | None, list[str]]:
     """Finds the newest good folder; all processes get the same one."""
+    text = ""
     if jax.process_index() == 0:
-      chosen, messages = self._choose_here(step)
-      text = json.dumps([chosen and chosen.name, messages])
-    else:
-      text = ""
+      try:
+        text = json.dumps(self._choose_here(step))
+      except OSError as error:
+        text = json.dumps([f"{self.folder} cannot be read: {_reason(error)}"])
     if jax.process_count() > 1:
       text = _broadcast_text(text)
-    name, messages = json.loads(text)
+    found = json.loads(text)
+    if len(found) == 1:
+      raise CheckpointError(found[0])
+    name, messages = found
     return (None if name is None else self.folder / name), messages
 
-  def _choose_here(
-    self, step: int | None
-  ) -> tuple[epath.Path | None, list[str]]:
-    messages = []
-    for folder in reversed(self._folders()):
-      if step is not None and folder.step != step:
-        continue
-      if not _has_commit(folder.path):
-        continue  # a save that was cut short: nothing was lost that counted
-      try:
-        commit = _read_commit(folder.path)
-        _verify_files(folder.path, commit["files"])
-      except _DamageError as damage:
-        self._damaged.add(folder.path.name)
-        messages.append(
-          f"Checkpoint {folder.path} is damaged and was passed over: {damage}"
-        )
-        continue
-      return folder.path, messages
+  def _choose_here(self, step: int | None) -> tuple[str | None, list[str]]:
+    """Returns the name of the newest good folder and why others are not."""
+    for _ in range(_LISTINGS):
+      messages = []
+      vanished = False
+      for folder in reversed(self._folders()):
+        if step is not None and folder.step != step:
+          continue
+        if not _has_commit(folder.path):
+          continue  # a save that was cut short: nothing that counted was lost
+        try:
+          commit = _read_commit(folder.path)
+          _verify_files(folder.path, commit["files"])
+        except _DamageError as damage:
+          if not _has_commit(folder.path):
+            vanished = True
+            continue
+          self._damaged.add(folder.path.name)
+          messages.append(
+            f"Checkpoint {folder.path} is damaged and is passed over: {damage}"
+          )
+          continue
+        return folder.path.name, messages
+      if not vanished:
+        break
+      # A run that is still going superseded what we were reading.
     return None, messages
 
   def _read_state(
@@ -429,7 +463,7 @@ class _DamageError(Exception):
 
 
 class _Quiet(logging.Filter):
-  """Drops Orbax's traceback of a failed save, which we raise instead."""
+  """Drops what Orbax logs of a failed save: it is raised instead."""
 
   def filter(self, record: logging.LogRecord) -> bool:
     return not ("orbax" in record.pathname and record.levelno in (30, 40))

@@ -32,11 +32,13 @@ _TREND_STEPS = 10
 _TIMED_STEPS = 21
 _PHASE_WORTH_SAYING_S = 0.5
 
-# Metric, its name on the progress line, how it is written.
+_BAR_COLUMNS = (6, 30)
+
+# Metric and how it is written on the progress line.
 _SHOWN = (
-  ("eval/accuracy", "accuracy", "{:.3f}"),
-  ("calibration/slope", "slope", "{:.2f}"),
-  ("rollout/tokens_per_s", "tokens/s", "{:,.0f}"),
+  ("eval/accuracy", "accuracy {:.3f}"),
+  ("calibration/slope", "slope {:.2f}"),
+  ("rollout/tokens_per_s", "{:,.0f} tokens/s"),
 )
 
 
@@ -224,15 +226,13 @@ class MetricsWriter:
           f"truncate_to({step - 1}) before step {step} is written again."
         )
       try:
-        written = os.write(self._file, line)
-        if written < len(line):
-          # The rest either fits or says why not.
-          os.write(self._file, line[written:])
-        if os.fstat(self._file).st_size < self._size_bytes + len(line):
-          raise OSError(f"only a part of the row of step {step} fits")
+        rest = line
+        while rest:  # a full disk may take a part before it says so
+          rest = rest[os.write(self._file, rest) :]
       except OSError:
         # Half a row would make the next one unreadable, too.
-        os.ftruncate(self._file, self._size_bytes)
+        with contextlib.suppress(OSError):
+          os.ftruncate(self._file, self._size_bytes)
         raise
     except OSError as error:
       raise self._write_error(error) from error
@@ -311,6 +311,7 @@ class _View:
     self._step_times_s = collections.deque(maxlen=_TIMED_STEPS)
     self._last_update_s: float | None = None
     self._last_line_s = -math.inf
+    self._pending = False
     self._terminal = shown and _is_terminal(stream)
 
   def update(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -328,10 +329,16 @@ class _View:
     if self._terminal:
       self._start()
       return
+    self._pending = True
     last = step >= self._total_steps
     if last or now - self._last_line_s >= PLAIN_INTERVAL_S:
       self._last_line_s = now
-      self._print(self._line())
+      self._show_pending()
+
+  def _show_pending(self) -> None:
+    if self._pending:
+      self._pending = False
+      self._print("  ".join(self._parts()))
 
   def say(self, text: str, always: bool = False, debug: bool = False) -> None:
     if not self._active or not (self._shown or always):
@@ -382,6 +389,7 @@ class _View:
     self._console_now().print(table)
 
   def close(self) -> None:
+    self._show_pending()
     if self._live is not None:
       self._live.stop()
     self._live = None
@@ -425,36 +433,39 @@ class _View:
     import rich.table
     import rich.text
 
-    grid = rich.table.Table.grid(padding=(0, 2))
-    grid.add_column(width=20)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
-    parts = [self._line()] if self._step is not None else []
+    parts = self._parts() if self._step is not None else []
     phases = list(self._phases)
     if phases:
       name, start_s = phases[-1]
-      parts.append(f"{name} {time.monotonic() - start_s:.0f} s")
+      parts.insert(0, f"{name} {time.monotonic() - start_s:.0f} s")
+    text = "  ".join(parts)
+    # The bar takes what the figures leave.
+    room = self._console_now().width - len(text) - 3
+    width = max(_BAR_COLUMNS[0], min(_BAR_COLUMNS[1], room))
+    grid = rich.table.Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(width=width)
+    grid.add_column(no_wrap=True, overflow="ellipsis")
     grid.add_row(
       rich.progress_bar.ProgressBar(
-        total=max(1, self._total_steps), completed=self._step or 0, width=20
+        total=max(1, self._total_steps), completed=self._step or 0, width=width
       ),
-      rich.text.Text("  ".join(parts)),
+      rich.text.Text(text),
     )
     return grid
 
-  def _line(self) -> str:
-    """Puts the latest figures into one line."""
+  def _parts(self) -> list[str]:
+    """Puts the latest figures into words, the most wanted first."""
     parts = [f"step {self._step}/{self._total_steps}"]
-    if self._rewards:
-      parts.append(_trend(list(self._rewards)))
-    for key, name, form in _SHOWN:
-      if key in self._latest:
-        parts.append(f"{name} {form.format(self._latest[key])}")
     if self._step_times_s:
       step_s = statistics.median(list(self._step_times_s))
       left_s = step_s * max(0, self._total_steps - self._step)
-      parts.append(f"{step_s:.2f} s/step")
       parts.append(f"{_duration(left_s)} left")
-    return "  ".join(parts)
+    if self._rewards:
+      parts.append(_trend(list(self._rewards)))
+    for key, form in _SHOWN:
+      if key in self._latest:
+        parts.append(form.format(self._latest[key]))
+    return parts
 
 
 def _is_terminal(stream: TextIO) -> bool:
