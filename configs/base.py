@@ -1,0 +1,145 @@
+"""Every key of a run with its default; task files state only differences.
+
+Keys are read by `rspo_jax.settings`, which checks them across fields and names
+value and remedy of what it refuses. `--config.GROUP.KEY=VALUE` overrides one.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the defaults of every key."""
+  config = ml_collections.ConfigDict()
+
+  config.model = model = ml_collections.ConfigDict()
+  # Checkpoint folder in the Hugging Face layout, or "embedded:NAME" for one
+  # that the package carries; "" trains a new model (supervised runs only).
+  model.path = ""
+  model.compute_dtype = "auto"  # auto (float32 on CPU, else bfloat16) | float32
+  #                               | bfloat16: dtype of matmul inputs
+  model.param_dtype = "float32"  # float32 | bfloat16: storage of parameters
+  model.attention = "einsum"  # einsum | flash (from about 1,024 tokens on)
+  model.remat = False  # recompute layer activations in the backward pass
+  model.head_chunks = 1  # pieces in which the vocabulary head is evaluated
+  model.new = new = ml_collections.ConfigDict()  # shape, where path is ""
+  new.width = 96  # D
+  new.layers = 4
+  new.heads = 3
+  new.kv_heads = 3
+  new.mlp_width = 256
+  new.rope_theta = 10000.0
+  new.norm_eps = 1e-5
+  new.max_length = 64  # longest sequence, tokens
+  new.vocabulary = "0 1 2 3 4 5 6 7 8 9 + - * / ( ) , ="  # pieces of text
+  new.pattern = "."  # regular expression of a piece
+
+  config.task = task = ml_collections.ConfigDict()
+  task.name = "countdown"  # key of rspo_jax.tasks.TASKS
+  task.prompt_style = "compact"  # template of the prompt
+  task.protocol = "strict"  # strict | d1 (bug-compatible)
+  task.reward_weights = ml_collections.ConfigDict()  # part -> weight; empty:
+  #                                                    the task's own
+
+  config.data = data = ml_collections.ConfigDict()
+  data.size = "small"  # small | large: builder config of a generated task
+  data.seed = 0  # of the generated data
+  data.dir = ""  # prepared datasets; "": RSPO_JAX_DATA or a folder in ~/.cache
+  data.source = ""  # JSONL or CSV file read instead of a prepared dataset
+  data.prompt_length = 7  # P: static, shorter prompts are left-padded
+  data.corrupt_share = 0.0  # demonstrations replaced by mixed-quality ones
+  #                           (supervised runs)
+
+  config.rollout = rollout = ml_collections.ConfigDict()
+  rollout.prompts = 48  # B: prompts of one step, over all devices
+  rollout.group_size = 8  # G: completions of one prompt
+  rollout.temperature = 1.0  # of the training rollouts
+
+  config.sampler = sampler = ml_collections.ConfigDict()
+  sampler.completion_length = 8  # L: static
+  sampler.block_length = 8  # positions filled before the next block starts
+  sampler.steps = 8  # T: denoising steps of all blocks together
+  sampler.algorithm = "llada"  # key of rspo_jax.sampler.ALGORITHMS
+  sampler.remasking = "low_confidence"  # key of rspo_jax.sampler.REMASKING
+
+  config.likelihood = likelihood = ml_collections.ConfigDict()
+  likelihood.scheme = "complementary"  # key of rspo_jax.likelihood.ESTIMATORS
+  likelihood.masks = 2  # K: masks (forward passes) of a completion
+  likelihood.scope = "completion"  # completion (through the first EOS) | canvas
+
+  config.objective = objective = ml_collections.ConfigDict()
+  objective.name = "rspo"  # key of rspo_jax.objectives.OBJECTIVES
+  objective.lambda_ = 0.01  # temperature of the KL-regularised problem, >= 0
+  objective.lambda_unit = "sequence"  # token | sequence: nats per ...
+  objective.centring = "group"  # group | batch | none
+  objective.subtract_reference = True  # False: the gap forgets the reference
+  objective.gap_masks = "shared"  # shared | leave_one_out
+  objective.normalize_advantages = True  # divide by the group's std (ddof 1)
+  objective.skip_equal_groups = False  # drop groups whose rewards are equal
+
+  config.optimizer = optimizer = ml_collections.ConfigDict()
+  optimizer.learning_rate = 1e-4  # peak
+  optimizer.schedule = "constant"  # constant | linear | cosine
+  optimizer.warmup_steps = 0
+  optimizer.final_share = 0.0  # last rate / peak, for linear and cosine
+  optimizer.b1 = 0.9
+  optimizer.b2 = 0.99
+  optimizer.eps = 1e-8
+  optimizer.weight_decay = 0.0  # of matrices
+  optimizer.clip_norm = 1.0  # global gradient norm
+  optimizer.moment_dtype = "float32"  # float32 | bfloat16: first moment
+
+  config.train = train = ml_collections.ConfigDict()
+  train.micro_batch = 32  # sequences of one forward-backward, over all devices
+  train.passes = "auto"  # auto | one | two
+
+  config.mesh = mesh = ml_collections.ConfigDict()
+  mesh.data = 1  # replicas; -1: what the other axes leave
+  mesh.fsdp = -1  # shards of parameters and batch; -1: what the others leave
+  mesh.tensor = 1  # shards of heads, mlp and vocabulary
+
+  config.eval = evaluation = ml_collections.ConfigDict()
+  evaluation.split = "validation"  # train | validation | test
+  evaluation.prompts = 1024  # the first ones of the split; 0: all
+  evaluation.completion_length = 0  # L of evaluation; 0: the sampler's
+  evaluation.block_length = 0  # 0: the sampler's
+  evaluation.steps = 0  # 0: the sampler's steps, scaled with the length
+  evaluation.batch = 256  # prompts decoded together
+  evaluation.temperature = 1.0  # of eval/accuracy_sampled
+  evaluation.every = 0  # also every so many steps; 0: before and after only
+
+  config.run = run = ml_collections.ConfigDict()
+  run.steps = 100
+  run.seed = 0
+  run.checkpoint_every = 50  # steps; the last step is always saved
+  run.keep_checkpoints = 2  # newest ones
+  run.samples_every = 25  # steps between samples/ files; 0: evaluations only
+  run.tensorboard = True
+  run.export = True  # write model/ at the end
+  run.compilation_cache = "auto"  # folder; auto: in ~/.cache; "": none
+  run.log = "normal"  # quiet | normal | debug
+  return config
+
+
+def apply(config, arg: str, switches) -> ml_collections.ConfigDict:
+  """Applies `:a,b` arguments of a config file, in order.
+
+  Args:
+    config: the task's config.
+    arg: the text behind the colon; may be empty.
+    switches: function by name; each changes the config in place.
+
+  Raises:
+    ValueError: a switch that does not exist.
+  """
+  import difflib
+
+  for name in filter(None, (part.strip() for part in arg.split(","))):
+    if name not in switches:
+      near = difflib.get_close_matches(name, switches, 1)
+      hint = f" did you mean {near[0]!r}?" if near else ""
+      raise ValueError(
+        f"config argument {name!r} is not known:{hint} choose from "
+        f"{', '.join(switches)}."
+      )
+    switches[name](config)
+  return config

@@ -1,0 +1,224 @@
+"""Prompts -> completions -> text -> rewards -> targets -> device batch.
+
+The only place where device arrays become text.
+
+1. `make_rollout` (jitted by the caller): repeats prompts G times, denoises.
+2. `to_text`, `judge`: this host's completions as text, and their verdicts.
+3. `assemble`: advantages and targets from the rewards of whole groups, dropped
+   groups moved to the end of their shard, arrays back on the device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rspo_jax import objectives, sampler
+from rspo_jax.tasks import base
+from rspo_jax.train_step import RolloutBatch
+
+
+@struct.dataclass
+class Completions:
+  """N = B * G sampled sequences; groups contiguous.
+
+  Attributes:
+    tokens: i32 [N, S].
+    token_mask: bool [N, S], False on left padding.
+    completion_mask: bool [N, L], True through the first EOS.
+    commit_step: i32 [N, L], the forward that committed a position.
+    denoiser_calls: i32 [].
+  """
+
+  tokens: jax.Array
+  token_mask: jax.Array
+  completion_mask: jax.Array
+  commit_step: jax.Array
+  denoiser_calls: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """This host's completions, read and judged.
+
+  Attributes:
+    texts: n completions as text.
+    verdicts: one for each.
+  """
+
+  texts: list[str]
+  verdicts: list[base.Verdict]
+
+  @property
+  def rewards(self) -> np.ndarray:
+    """f32 [n]."""
+    return np.asarray([v.reward for v in self.verdicts], np.float32)
+
+  @property
+  def correct(self) -> np.ndarray:
+    """bool [n]."""
+    return np.asarray([v.correct for v in self.verdicts], bool)
+
+
+def make_rollout(
+  denoise_fn: Callable,
+  settings: sampler.SamplerSettings,
+  group_size: int,
+  mask_id: int,
+  eos_id: int,
+) -> Callable:
+  """Builds rollout(params, prompts [B, P], prompt_mask [B, P], key).
+
+  Returns a function of device arrays to `Completions` of N = B * G sequences;
+  the caller jits it.
+  """
+  length = settings.completion_length
+
+  def rollout(params, prompts, prompt_mask, key):
+    prompts = jnp.repeat(prompts, group_size, axis=0)  # [N, P]
+    mask = jnp.repeat(prompt_mask, group_size, axis=0)
+    canvas = jnp.pad(prompts, ((0, 0), (0, length)), constant_values=mask_id)
+    mask = jnp.pad(mask, ((0, 0), (0, length)), constant_values=True)
+    out = sampler.denoise(
+      denoise_fn,
+      params,
+      canvas,
+      mask,
+      key,
+      settings,
+      mask_id=mask_id,
+      eos_id=eos_id,
+    )
+    completion = out.tokens[:, -length:]
+    return Completions(
+      tokens=out.tokens,
+      token_mask=mask,
+      completion_mask=sampler.completion_mask(completion, eos_id),
+      commit_step=out.commit_step,
+      denoiser_calls=out.denoiser_calls,
+    )
+
+  return rollout
+
+
+def to_text(tokenizer, tokens, completion_mask) -> list[str]:
+  """Texts of completions i32 [n, L] up to their first EOS."""
+  return [
+    tokenizer.decode(row[mask].tolist())
+    for row, mask in zip(tokens, completion_mask, strict=True)
+  ]
+
+
+def judge(
+  task: base.Task,
+  examples: Sequence[base.Example],
+  texts: list[str],
+  protocol: str,
+  weights,
+) -> Judged:
+  """Verdicts of n texts on n / G examples, each with G texts in a row."""
+  group_size = len(texts) // max(len(examples), 1)
+  verdicts = [
+    task.verify(examples[i // group_size], text, protocol, weights)
+    for i, text in enumerate(texts)
+  ]
+  return Judged(texts=texts, verdicts=verdicts)
+
+
+def order_by_keep(keep: np.ndarray, shards: int) -> np.ndarray:
+  """Order of groups [b] that puts kept ones first in each of the shards.
+
+  Kept groups are dealt to the shards in turn, so that every shard has as many
+  to do as the others.
+  """
+  kept = np.flatnonzero(keep)
+  dropped = np.flatnonzero(~keep)
+  size = len(keep) // shards
+  piles = [list(kept[shard::shards]) for shard in range(shards)]
+  rest = iter(dropped)
+  for pile in piles:
+    pile.extend(next(rest) for _ in range(size - len(pile)))
+  return np.concatenate([np.asarray(pile, int) for pile in piles])
+
+
+def assemble(
+  tokens: np.ndarray,
+  token_mask: np.ndarray,
+  completion_mask: np.ndarray,
+  judged: Judged,
+  objective: objectives.ObjectiveSettings,
+  *,
+  normalize: bool,
+  skip_equal_groups: bool,
+  scope: str,
+  shards: int,
+) -> RolloutBatch:
+  """Host arrays of a step: advantages, targets, what is scored and seen.
+
+  Args:
+    tokens, token_mask: [n, S] of this host, groups contiguous.
+    completion_mask: bool [n, L], through the first EOS.
+    judged: verdicts of the n completions.
+    objective: its advantage function, lambda and group size.
+    normalize: divide advantages by the group's standard deviation.
+    skip_equal_groups: drop groups whose advantages are all zero.
+    scope: "completion" or "canvas" (likelihood.LikelihoodSettings).
+    shards: this host's shards of the batch.
+
+  Returns:
+    `RolloutBatch` of numpy arrays, reordered so that kept groups come first.
+  """
+  group = objective.group_size
+  rewards = judged.rewards.reshape(-1, group)  # [b, G]
+  correct = judged.correct.reshape(-1, group)
+  advantages = objectives.OBJECTIVES[objective.name].advantages(
+    rewards, correct, normalize
+  )
+  targets = objectives.targets(advantages, objective.lambda_)
+  keep = np.ones(len(rewards), bool)
+  if skip_equal_groups:
+    keep = (advantages != 0).any(1)
+  order = order_by_keep(keep, shards)
+  rows = (order[:, None] * group + np.arange(group)).reshape(-1)
+  length = completion_mask.shape[1]
+  if scope == "canvas":
+    scored = np.ones_like(completion_mask)
+    seen = token_mask
+  else:
+    scored = completion_mask
+    seen = np.concatenate(
+      [token_mask[:, :-length], token_mask[:, -length:] & scored], axis=1
+    )
+  return RolloutBatch(
+    tokens=tokens[rows],
+    token_mask=seen[rows],
+    completion_mask=scored[rows],
+    advantage=advantages.reshape(-1)[rows],
+    target=targets.reshape(-1)[rows],
+    keep=np.repeat(keep, group).astype(np.float32)[rows],
+  )
+
+
+def present(out: Completions, scope: str) -> RolloutBatch:
+  """Completions as a batch without rewards: what is scored and seen.
+
+  The same masks as `assemble` gives, on the device and in the rollout's
+  order, for scores that are computed before the rewards are known.
+  """
+  n, length = out.completion_mask.shape
+  scored, seen = out.completion_mask, out.token_mask
+  if scope == "canvas":
+    scored = jnp.ones_like(scored)
+  else:
+    seen = seen.at[:, -length:].set(seen[:, -length:] & scored)
+  return RolloutBatch(
+    tokens=out.tokens,
+    token_mask=seen,
+    completion_mask=scored,
+    advantage=jnp.zeros(n),
+    target=jnp.zeros(n),
+    keep=jnp.ones(n),
+  )

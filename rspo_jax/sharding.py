@@ -1,0 +1,125 @@
+"""Where arrays live: the mesh, the logical rules, host batch <-> global array.
+
+Mesh axes: "data" replicates parameters, "fsdp" shards them, "tensor" shards
+heads, mlp and vocabulary; the batch is split over data and fsdp. One device is
+a 1x1x1 mesh: there is no second code path. A dimension that its mesh axis does
+not divide stays whole, so that tiny models run on any mesh.
+"""
+
+import math
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+RULES = (
+  ("batch", BATCH_AXES),
+  ("embed", "fsdp"),
+  ("heads", "tensor"),
+  ("mlp", "tensor"),
+  ("vocab", "tensor"),
+  ("norm", None),
+  ("layers", None),
+)
+
+
+def mesh_shape(
+  data: int, fsdp: int, tensor: int, devices: int
+) -> tuple[int, int, int]:
+  """Resolves a -1 among the axis sizes against the number of devices.
+
+  Raises:
+    ValueError: the product does not match; names a setting that does.
+  """
+  sizes = [data, fsdp, tensor]
+  asked = ", ".join(
+    f"mesh.{name}={size}" for name, size in zip(AXES, sizes, strict=True)
+  )
+  if any(size < 1 and size != -1 for size in sizes):
+    raise ValueError(f"{asked}: sizes must be positive, or -1 for the rest.")
+  if sizes.count(-1) > 1:
+    raise ValueError(f"{asked}: only one axis may be -1.")
+  known = math.prod(size for size in sizes if size != -1)
+  if -1 in sizes and devices % known == 0:
+    sizes[sizes.index(-1)] = devices // known
+  if math.prod(sizes) != devices:
+    raise ValueError(
+      f"{asked} does not match the {devices} devices at hand; use mesh.data=1 "
+      f"mesh.fsdp=-1 mesh.tensor={math.gcd(max(tensor, 1), devices)}."
+    )
+  return tuple(sizes)
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None):
+  """The device mesh; `Auto` axes, so that Linen's constraints apply."""
+  devices = jax.devices() if devices is None else devices
+  shape = mesh_shape(data, fsdp, tensor, len(devices))
+  return Mesh(np.asarray(devices).reshape(shape), AXES)
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Number of devices over which sequences are split."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of arrays whose first axis counts sequences or prompts."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Sharding of arrays that every device holds whole."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(mesh: Mesh, boxed):
+  """Shardings of a tree with Linen's logical names.
+
+  Args:
+    mesh: the mesh.
+    boxed: tree of abstract arrays in `nn.Partitioned`-like boxes, as
+      `jax.eval_shape` of an initialiser gives.
+
+  Returns:
+    The tree without boxes, a NamedSharding for every leaf.
+  """
+  specs = nn.get_partition_spec(boxed)
+  wanted = nn.logical_to_mesh_sharding(specs, mesh, list(RULES))
+  return jax.tree.map(
+    lambda sharding, leaf: _that_divides(mesh, sharding, leaf.shape),
+    wanted,
+    nn.meta.unbox(boxed),
+  )
+
+
+def _that_divides(mesh, sharding, shape):
+  """Drops the axes of a spec that do not divide the shape."""
+  entries = []
+  spec = tuple(sharding.spec) + (None,) * (len(shape) - len(sharding.spec))
+  for size, entry in zip(shape, spec, strict=True):
+    names = (entry,) if isinstance(entry, str) else (entry or ())
+    ways = math.prod(mesh.shape[name] for name in names)
+    entries.append(entry if size % ways == 0 else None)
+  return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def put_global(mesh: Mesh, tree):
+  """Host rows [b, ...] of every process -> global arrays [B, ...]."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
+    tree,
+  )
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+  """This process's rows of a global array whose first axis is the batch."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  shards = {}
+  for shard in x.addressable_shards:
+    shards.setdefault(shard.index[0].start or 0, shard.data)
+  return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])

@@ -1,0 +1,861 @@
+"""The one loop: build, jit with shardings, run, log, save, resume.
+
+A step of reinforcement learning, in order: prompts -> rollout (device) ->
+text, verdicts, advantages, targets (host) -> reference scores (device) ->
+update (device). Scores that need no reward are dispatched before the host
+starts to verify, unless dropped groups make waiting cheaper. A supervised step
+puts demonstrations in the place of rollouts; the rest is the same code.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from rspo_jax import (
+  data,
+  evaluate,
+  metrics,
+  objectives,
+  rollout,
+  sharding,
+  train_step,
+)
+from rspo_jax import settings as settings_lib
+from rspo_jax.checkpoint import Checkpointer, CheckpointError
+from rspo_jax.interrupt import Interrupt
+from rspo_jax.models import fresh, hf_weights, transformer
+from rspo_jax.tasks import TASKS
+
+DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
+SUMMARY = "summary.json"
+FAULTS = (metrics.NonFiniteMetric, metrics.MetricsError, CheckpointError)
+
+
+@dataclasses.dataclass
+class Program:
+  """Everything a run computes with: model, data and compiled functions.
+
+  `params` are the initial parameters on the mesh; they stay untouched and
+  serve as the frozen reference.
+  """
+
+  settings: settings_lib.Settings
+  mesh: jax.sharding.Mesh
+  model: hf_weights.Model
+  params: Any
+  state_template: Any
+  optimizer: Any
+  learning_rate: Any
+  rollout_fn: Any
+  greedy_fn: Any
+  sampled_fn: Any
+  estimate_fn: Any
+  update_fn: Any
+  present_fn: Any
+
+  @property
+  def task(self):
+    """The task of the run."""
+    return TASKS[self.settings.task["name"]]
+
+  def judge(self, examples, texts) -> rollout.Judged:
+    """Verdicts under the run's protocol and reward weights."""
+    task = self.settings.task
+    return rollout.judge(
+      self.task, examples, texts, task["protocol"], task["weights"]
+    )
+
+  def to_text(self, tokens, mask) -> list[str]:
+    """Texts of completions up to their first EOS."""
+    return rollout.to_text(self.model.tokenizer, tokens, mask)
+
+  def compiled_programs(self) -> dict[str, int]:
+    """Number of compilations of each jitted function so far."""
+    names = ("rollout_fn", "greedy_fn", "sampled_fn", "estimate_fn")
+    names += ("update_fn", "present_fn")
+    return {name: getattr(self, name)._cache_size() for name in names}
+
+
+def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
+  """The run's model with parameters on the mesh, compute settings applied."""
+  model_settings = settings.model
+  if model_settings["folder"]:
+    model = hf_weights.load_model(
+      model_settings["folder"], model_settings["param_dtype"]
+    )
+  else:
+    key = jax.random.fold_in(jax.random.key(settings.run.seed), 0x696E6974)
+    model = fresh.new_model(model_settings["new"], key)
+  if model.tokenizer is None:
+    raise ValueError(
+      f"model.path={model_settings['path']!r} has no tokenizer.json, so its "
+      "completions cannot be read; put the model's tokenizer files beside it."
+    )
+  dtype = model_settings["compute_dtype"]
+  if dtype == "auto":
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  config = dataclasses.replace(
+    model.config,
+    compute_dtype=dtype,
+    attention=model_settings["attention"],
+    remat=model_settings["remat"],
+    head_chunks=model_settings["head_chunks"],
+  )
+  longest = settings.prompt_length + max(
+    settings.sampler.completion_length, settings.greedy.completion_length
+  )
+  if longest > config.max_length:
+    raise ValueError(
+      f"data.prompt_length={settings.prompt_length} and the completion length "
+      f"make {longest} tokens, but the checkpoint was made for "
+      f"{config.max_length}; shorten one of them."
+    )
+  boxed = jax.eval_shape(
+    functools.partial(transformer.init, config, boxed=True), jax.random.key(0)
+  )
+  params = jax.device_put(model.params, sharding.shardings(mesh, boxed))
+  return dataclasses.replace(model, config=config, params=params)
+
+
+def build(settings: settings_lib.Settings) -> Program:
+  """Loads the model and prepares the jitted functions; compiles nothing."""
+  mesh = sharding.make_mesh(**settings.mesh)
+  model = _load(settings, mesh)
+  config = model.config
+  optimizer = train_step.make_optimizer(settings.optimizer)
+  learning_rate = train_step.schedule(settings.optimizer)
+
+  def fresh_state(key):
+    return train_step.init_state(
+      transformer.init(config, key, boxed=True), optimizer
+    )
+
+  boxed = jax.eval_shape(fresh_state, jax.random.key(0))
+  state_shardings = sharding.shardings(mesh, boxed)
+  template = jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    nn.meta.unbox(boxed),
+    state_shardings,
+  )
+  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  logprob_fn = transformer.make_logprob_fn(config)
+  denoise_fn = transformer.make_denoise_fn(config)
+  completions = rollout.Completions(rows, rows, rows, rows, whole)
+
+  def sampling(settings_of_sampler, group_size):
+    return jax.jit(
+      rollout.make_rollout(
+        denoise_fn,
+        settings_of_sampler,
+        group_size,
+        config.mask_id,
+        config.eos_id,
+      ),
+      out_shardings=completions,
+    )
+
+  step = (settings.step, settings.likelihood)
+  return Program(
+    settings=settings,
+    mesh=mesh,
+    model=model,
+    params=model.params,
+    state_template=template,
+    optimizer=optimizer,
+    learning_rate=learning_rate,
+    rollout_fn=sampling(settings.sampler, settings.rollout.group_size),
+    greedy_fn=sampling(settings.greedy, 1),
+    sampled_fn=sampling(settings.sampled, 1),
+    estimate_fn=jax.jit(
+      train_step.make_estimate(logprob_fn, config.mask_id, *step),
+      out_shardings=rows,
+    ),
+    update_fn=jax.jit(
+      train_step.make_update(
+        logprob_fn,
+        config.mask_id,
+        optimizer,
+        learning_rate,
+        *step,
+        settings.objective,
+      ),
+      donate_argnums=0,
+      out_shardings=(state_shardings, whole),
+    ),
+    present_fn=jax.jit(
+      functools.partial(rollout.present, scope=settings.likelihood.scope),
+      out_shardings=rows,
+    ),
+  )
+
+
+def _fresh_state(program: Program):
+  """Step 0: a copy of the parameters (donated later) and empty moments."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state_template)
+  start = jax.jit(
+    lambda params: train_step.init_state(
+      jax.tree.map(jnp.copy, params), program.optimizer
+    ),
+    out_shardings=shardings,
+  )
+  return start(program.params)
+
+
+def _prompts(program: Program, split: str, count: int) -> evaluate.Prompts:
+  """The first `count` prompts of a split (0: all), tokenised."""
+  settings = program.settings
+  examples = data.load_examples(program.task, split, settings.data)
+  if count:
+    examples = examples[:count]
+  tokens, mask = data.encode_prompts(
+    examples,
+    lambda example: program.task.prompt(example, settings.task["prompt_style"]),
+    program.model.tokenizer.encode,
+    settings.prompt_length,
+    program.model.config.pad_id,
+  )
+  return evaluate.Prompts(tokens, mask, examples)
+
+
+@dataclasses.dataclass
+class Stopwatch:
+  """Seconds of the phases of a step."""
+
+  seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+  @contextlib.contextmanager
+  def __call__(self, name: str):
+    start = time.perf_counter()
+    yield
+    elapsed = time.perf_counter() - start
+    self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+
+class Run:
+  """One run in its folder: the loop's state and what it writes."""
+
+  def __init__(self, program: Program, workdir: pathlib.Path, writer, config):
+    self.program = program
+    self.settings = program.settings
+    self.workdir = workdir
+    self.writer = writer
+    self.config = config
+    self.main_process = jax.process_index() == 0
+    self.state = None
+    self.step = 0
+    self.seconds: dict[str, float] = {}
+    self.first_eval: dict[str, float] = {}
+    self.last_eval: dict[str, float] = {}
+    self._eval_prompts: evaluate.Prompts | None = None
+    self._seen: set[str] = set()
+
+  def call(self, name: str, fn, *args):
+    """Calls a jitted function; its first call is shown as compilation."""
+    with contextlib.ExitStack() as stack:
+      stack.enter_context(self.program.mesh)
+      stack.enter_context(nn.logical_axis_rules(sharding.RULES))
+      if name not in self._seen:
+        self._seen.add(name)
+        stack.enter_context(self.writer.phase(f"compiling {name}"))
+        return jax.block_until_ready(fn(*args))
+      return fn(*args)
+
+  # Evaluation.
+
+  def evaluate(self, step: int) -> dict[str, float]:
+    """Greedy and sampled evaluation; writes their completions."""
+    settings, program = self.settings, self.program
+    if self._eval_prompts is None:
+      self._eval_prompts = _prompts(
+        program, settings.eval.split, settings.eval.prompts
+      )
+    results = {}
+    for kind, fn in (
+      ("greedy", program.greedy_fn),
+      ("sampled", program.sampled_fn),
+    ):
+      results[kind] = evaluate.run(
+        functools.partial(self.call, f"{kind} evaluation", fn),
+        self.state.params,
+        self._eval_prompts,
+        settings.eval.batch,
+        program.mesh,
+        settings.run.seed,
+        program.judge,
+        program.to_text,
+      )
+      self.write_samples(
+        f"eval-{step:06d}-{kind}",
+        (
+          {"prompt": self.prompt_text(row["index"])} | row
+          for row in results[kind].rows
+        ),
+      )
+    values = evaluate.metrics(results["greedy"], results["sampled"])
+    self.first_eval = self.first_eval or values
+    self.last_eval = values
+    self.writer.table(
+      [
+        {
+          "decoding": kind,
+          "accuracy": f"{100 * values['eval/accuracy' + end]:.1f} %",
+          "95 % interval": f"{100 * values['eval/ci_low' + end]:.1f} to "
+          f"{100 * values['eval/ci_high' + end]:.1f}",
+          "mean reward": f"{values['eval/reward' + end]:.3f}",
+        }
+        for kind, end in (("greedy", ""), ("sampled", "_sampled"))
+      ],
+      title=f"{settings.eval.split} at step {step}, n = {values['eval/n']}",
+    )
+    return values
+
+  def prompt_text(self, index: int) -> str:
+    """Text of an evaluation prompt."""
+    return self.program.task.prompt(
+      self._eval_prompts.examples[index], self.settings.task["prompt_style"]
+    )
+
+  def write_samples(self, name: str, rows, folder: str = "samples") -> None:
+    """Completions with verdicts as JSON lines, by the main process."""
+    if not self.main_process:
+      return
+    path = self.workdir / folder / f"{name}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+      for row in rows:
+        file.write(json.dumps(row) + "\n")
+
+  # Steps.
+
+  def demonstration_batch(self, batches, watch):
+    """A batch of demonstrations in the shape of a rollout."""
+    program = self.program
+    with watch("time/data_s"):
+      batch = batches[self.step]
+    n, length = batch.completion.shape
+    tokens = np.concatenate([batch.tokens, batch.completion], axis=1)
+    seen = np.concatenate([batch.mask, np.ones((n, length), bool)], axis=1)
+    ends = batch.completion == program.model.config.eos_id
+    scored = np.cumsum(ends, axis=1) - ends == 0
+    if self.settings.likelihood.scope == "canvas":
+      scored = np.ones_like(scored)
+    else:
+      seen[:, -length:] &= scored
+    ones = np.ones(n, np.float32)
+    host = train_step.RolloutBatch(
+      tokens, seen, scored, ones, np.zeros_like(ones), ones
+    )
+    return sharding.put_global(program.mesh, host), {}
+
+  def rollout_batch(self, batches, watch):
+    """Samples, judges and assembles one batch; returns it with metrics."""
+    program, settings = self.program, self.settings
+    group = settings.rollout.group_size
+    with watch("time/rollout_s"):
+      prompts = batches[self.step]
+      tokens, mask = sharding.put_global(
+        program.mesh, (prompts.tokens, prompts.mask)
+      )
+      key = train_step.stream_key(
+        settings.run.seed, self.step, train_step.ROLLOUT
+      )
+      out = self.call(
+        "rollout", program.rollout_fn, self.state.params, tokens, mask, key
+      )
+      host_tokens = sharding.local_rows(out.tokens)
+      ended = sharding.local_rows(out.completion_mask)
+    early = None
+    if not settings.skip_equal_groups:
+      # Nothing about these scores depends on the rewards: the device works on
+      # them while the host verifies.
+      batch = self.call("presentation", program.present_fn, out)
+      early = (batch, self.scores(batch))
+    with watch("time/reward_s"):
+      length = ended.shape[1]
+      texts = program.to_text(host_tokens[:, -length:], ended)
+      judged = program.judge(prompts.examples, texts)
+      host = rollout.assemble(
+        host_tokens,
+        sharding.local_rows(out.token_mask),
+        ended,
+        judged,
+        settings.objective,
+        normalize=settings.normalize_advantages,
+        skip_equal_groups=settings.skip_equal_groups,
+        scope=settings.likelihood.scope,
+        shards=settings.step.shards // jax.process_count(),
+      )
+    rewards = judged.rewards.reshape(-1, group)
+    values = {
+      "reward/mean": rewards.mean(),
+      "reward/std": rewards.std(),
+      "reward/equal_groups": objectives.equal_groups(rewards).mean(),
+      "reward/correct": judged.correct.mean(),
+      "rollout/length_mean": ended.sum(1).mean(),
+      "rollout/eos_share": (
+        host_tokens[:, -length:] == program.model.config.eos_id
+      )
+      .any(1)
+      .mean(),
+      "rollout/distinct_share": np.mean(
+        [
+          len(set(texts[i : i + group])) / group
+          for i in range(0, len(texts), group)
+        ]
+      ),
+    }
+    values = _mean_over_processes(values)
+    values["rollout/denoiser_calls"] = int(out.denoiser_calls)
+    values["rollout/tokens_per_s"] = (
+      ended.size * jax.process_count() / watch.seconds["time/rollout_s"]
+    )
+    every = settings.run.samples_every
+    if every and (self.step + 1) % every == 0:
+      self.write_samples(
+        f"train-{self.step + 1:06d}", self.sample_rows(prompts, judged)
+      )
+    if early is not None:
+      put = functools.partial(sharding.put_global, program.mesh)
+      batch = early[0].replace(
+        advantage=put(host.advantage), target=put(host.target)
+      )
+      return (batch, early[1]), values
+    return sharding.put_global(program.mesh, host), values
+
+  def sample_rows(self, prompts, judged, groups: int = 8):
+    """Rows of samples/ for the first groups of a rollout."""
+    group = self.settings.rollout.group_size
+    for i in range(min(groups * group, len(judged.texts))):
+      example, verdict = prompts.examples[i // group], judged.verdicts[i]
+      yield {
+        "prompt": self.program.task.prompt(
+          example, self.settings.task["prompt_style"]
+        ),
+        "completion": judged.texts[i],
+        "reward": verdict.reward,
+        "correct": verdict.correct,
+        "parts": dict(verdict.parts),
+        "reason": verdict.reason,
+      }
+
+  def mask_key(self):
+    """Key of this step's masks, shared by policy and reference."""
+    return train_step.stream_key(
+      self.settings.run.seed, self.step, train_step.MASKS
+    )
+
+  def scores(self, batch):
+    """(reference scores, policy scores or None) of a batch, [N, K]."""
+    settings, program = self.settings, self.program
+    total = batch.tokens.shape[0]
+    passes = train_step.resolve_passes(settings.step, settings.objective, total)
+    score = functools.partial(self.call, "scores", program.estimate_fn)
+    uses = objectives.OBJECTIVES[settings.objective.name].uses_reference
+    reference = (
+      score(program.params, batch, self.mask_key())
+      if uses
+      else jnp.zeros((total, settings.likelihood.masks))
+    )
+    policy = None
+    if passes == "two":
+      policy = score(self.state.params, batch, self.mask_key())
+    return reference, policy
+
+  def check_start(self, batch, reference) -> None:
+    """Before the first update policy and reference are one: d must be 0."""
+    settings, program = self.settings, self.program
+    uses = objectives.OBJECTIVES[settings.objective.name].uses_reference
+    if self.step or not uses:
+      return
+    policy = self.call(
+      "scores", program.estimate_fn, self.state.params, batch, self.mask_key()
+    )
+    worst = float(jnp.abs(policy - reference).max())
+    if worst != 0.0:
+      self.writer.warn(
+        f"Relative scores before the first update are off by {worst:.2e} nats "
+        "per token where they should be exactly 0: policy and reference are "
+        "not scored alike."
+      )
+
+  def train_one(self, batches) -> dict[str, float]:
+    """One step; returns its metrics as floats."""
+    start = time.perf_counter()
+    watch = Stopwatch()
+    if self.settings.supervised:
+      batch, values = self.demonstration_batch(batches, watch)
+    else:
+      batch, values = self.rollout_batch(batches, watch)
+    with watch("time/score_s"):
+      if isinstance(batch, tuple):
+        batch, (reference, policy) = batch
+      else:
+        reference, policy = self.scores(batch)
+      self.check_start(batch, reference)
+      jax.block_until_ready((reference, policy))
+    with watch("time/update_s"):
+      self.state, device_values = self.call(
+        "update",
+        self.program.update_fn,
+        self.state,
+        batch,
+        self.mask_key(),
+        reference,
+        policy,
+      )
+      device_values = jax.device_get(device_values)
+    self.step += 1
+    values = {k: float(v) for k, v in device_values.items()} | values
+    values |= watch.seconds
+    values["time/step_s"] = time.perf_counter() - start
+    for key, value in values.items():
+      if key.startswith("time/"):
+        self.seconds[key] = self.seconds.get(key, 0.0) + value
+    return values
+
+  def export(self) -> None:
+    """Writes model/ in the Hugging Face layout, from whole parameters."""
+    whole = sharding.replicated(self.program.mesh)
+    params = jax.jit(
+      lambda params: params,
+      out_shardings=jax.tree.map(lambda _: whole, self.state.params),
+    )(self.state.params)
+    if self.main_process:
+      model = dataclasses.replace(
+        self.program.model, params=jax.device_get(params)
+      )
+      hf_weights.save_model(model, self.workdir / "model")
+
+
+def _mean_over_processes(values: dict[str, Any]) -> dict[str, float]:
+  """Means of this host's values over all hosts (equal shares of the batch)."""
+  if jax.process_count() > 1:
+    from jax.experimental import multihost_utils
+
+    table = multihost_utils.process_allgather(
+      np.asarray(list(values.values()), np.float64)
+    )
+    return dict(zip(values, np.asarray(table).mean(0).tolist(), strict=True))
+  return {key: float(value) for key, value in values.items()}
+
+
+def initialise() -> None:
+  """Joins the other processes, where there are any."""
+  environment = os.environ
+  if environment.get("JAX_PLATFORMS", "") == "cpu":
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  if "JAX_COORDINATOR_ADDRESS" in environment:
+    jax.distributed.initialize(
+      environment["JAX_COORDINATOR_ADDRESS"],
+      int(environment.get("JAX_NUM_PROCESSES", "1")),
+      int(environment.get("JAX_PROCESS_ID", "0")),
+    )
+  elif (
+    "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    or int(environment.get("SLURM_NTASKS", "1")) > 1
+  ):
+    jax.distributed.initialize()
+
+
+def _cache(setting: str) -> None:
+  """Switches JAX's persistent compilation cache on."""
+  if not setting:
+    return
+  folder = setting
+  if setting == "auto":
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(root, "rspo_jax", "xla")
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def check_workdir(workdir: pathlib.Path, config: dict, mode: str) -> None:
+  """Refuses a folder that is not ours, holds another run, or is read-only.
+
+  Raises:
+    ValueError: names folder and remedy; nothing was written.
+  """
+  if workdir.exists() and not workdir.is_dir():
+    raise ValueError(f"--workdir={workdir} is a file; name a folder.")
+  parent = workdir
+  while not parent.exists():
+    parent = parent.parent
+  if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+    raise ValueError(
+      f"--workdir={workdir} cannot be written: {parent} is not a writable "
+      "folder; choose another."
+    )
+  old = workdir / "config.json"
+  if not old.exists():
+    if workdir.is_dir() and any(workdir.iterdir()):
+      raise ValueError(
+        f"--workdir={workdir} is not empty and holds no run of rspo_jax; "
+        "choose a new folder."
+      )
+    return
+  try:
+    before = json.loads(old.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{old} cannot be read ({error}); choose a new --workdir."
+    ) from error
+  if mode == "train":
+    settings_lib.check_same_run(before, config, str(workdir))
+
+
+def main(config, workdir: str, mode: str) -> int:
+  """Runs a checked command; returns the exit status.
+
+  Args:
+    config: the resolved ConfigDict.
+    workdir: folder of the run.
+    mode: "train" or "eval".
+  """
+  folder = pathlib.Path(workdir)
+  resolved = config.to_dict()
+  try:
+    initialise()
+    settings = settings_lib.build(config, jax.device_count())
+    check_workdir(folder, resolved, mode)
+    summary = folder / SUMMARY
+    if mode == "train" and summary.exists():
+      print(f"This run is finished: {summary}")
+      return DONE
+    _cache(settings.run.compilation_cache)
+    program = build(settings)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return MISTAKE
+  return _guarded(program, folder, resolved, mode)
+
+
+def _guarded(program, folder, resolved, mode) -> int:
+  """Runs a built program; faults of the run become exit status 3."""
+  settings = program.settings
+  writer = metrics.MetricsWriter(
+    folder,
+    settings.run.steps,
+    settings.run.tensorboard,
+    settings.run.log == "quiet",
+    debug=settings.run.log == "debug",
+    active=jax.process_index() == 0,
+  )
+  with (
+    writer,
+    Interrupt(
+      lambda name: writer.warn(
+        f"{name}: saving after this step, then stopping."
+      )
+    ) as interrupt,
+  ):
+    run = Run(program, folder, writer, resolved)
+    try:
+      if mode == "eval":
+        return evaluate_only(run)
+      return train(run, interrupt)
+    except FAULTS as error:
+      writer.warn(f"error: {error}")
+      return FAULT
+    except data.DataError as error:
+      writer.warn(f"error: {error}")
+      return MISTAKE
+    except OSError as error:
+      if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        raise
+      writer.warn(
+        f"error: {error}. Free space and run the same command to go on from "
+        "the last checkpoint."
+      )
+      return FAULT
+
+
+def _batches(run: Run):
+  """Training batches, indexable by step: a function of (seed, step)."""
+  settings, program = run.settings, run.program
+  examples = data.load_examples(program.task, "train", settings.data)
+  common = dict(
+    prompt=functools.partial(
+      program.task.prompt, style=settings.task["prompt_style"]
+    ),
+    encode=program.model.tokenizer.encode,
+    prompt_length=settings.prompt_length,
+    pad_id=program.model.config.pad_id,
+    batch_size=settings.rollout.prompts,
+    seed=settings.run.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  if settings.supervised:
+    return data.demonstration_batches(
+      examples,
+      task=program.task,
+      completion_length=settings.sampler.completion_length,
+      eos_id=program.model.config.eos_id,
+      corrupt_share=settings.corrupt_share,
+      **common,
+    )
+  return data.prompt_batches(examples, **common)
+
+
+def train(run: Run, interrupt: Interrupt) -> int:
+  """Trains to the last step, from the newest good checkpoint if any."""
+  settings, writer = run.settings, run.writer
+  with writer.phase("preparing data"):
+    batches = _batches(run)
+  if run.main_process:
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    (run.workdir / "config.json").write_text(
+      json.dumps(run.config, indent=2, sort_keys=True) + "\n"
+    )
+  checkpointer = Checkpointer(
+    run.workdir / "checkpoints", keep_last=settings.run.keep_checkpoints
+  )
+  with checkpointer:
+    restored = checkpointer.restore(run.program.state_template)
+    if restored is None:
+      run.state = _fresh_state(run.program)
+      messages = writer.truncate_to(-1)
+    else:
+      run.state, run.step = restored.state, restored.step
+      run.first_eval = restored.extra["first_eval"]
+      run.seconds = restored.extra["seconds"]
+      messages = restored.messages + writer.truncate_to(run.step)
+      writer.say(f"Going on from step {run.step} of {settings.run.steps}.")
+    for message in messages:
+      writer.warn(message)
+    saved = run.step if restored is not None else -1
+
+    def save():
+      nonlocal saved
+      if saved != run.step:
+        extra = {"first_eval": run.first_eval, "seconds": run.seconds}
+        checkpointer.save(run.step, run.state, extra)
+        saved = run.step
+
+    if run.step == 0 and restored is None:
+      writer.write(0, run.evaluate(0))
+    while run.step < settings.run.steps:
+      if interrupt.agreed(run.step):
+        break
+      values = run.train_one(batches)
+      last = run.step == settings.run.steps
+      every = settings.eval.every
+      if not interrupt.requested and (
+        last or (every and run.step % every == 0)
+      ):
+        values |= run.evaluate(run.step)
+      writer.write(run.step, values)
+      if last or run.step % settings.run.checkpoint_every == 0:
+        save()
+    if run.step < settings.run.steps:
+      save()
+      checkpointer.wait()
+      writer.say("Saved; the same command goes on from here.")
+      return INTERRUPTED
+    if not run.last_eval:
+      run.evaluate(run.step)
+  finish(run)
+  return DONE
+
+
+def finish(run: Run) -> None:
+  """Exports the model and says what came of the run."""
+  settings, writer = run.settings, run.writer
+  if settings.run.export:
+    with writer.phase("exporting model/"):
+      run.export()
+  seconds = {k: round(v, 2) for k, v in run.seconds.items()}
+  summary = {
+    "before": run.first_eval,
+    "after": run.last_eval,
+    "seconds": seconds,
+    "steps": run.step,
+  }
+  if run.main_process:
+    path = run.workdir / SUMMARY
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+  rows = []
+  for name, key in (
+    ("greedy accuracy", "eval/accuracy"),
+    (
+      f"accuracy at T={settings.sampled.temperature:g}",
+      "eval/accuracy_sampled",
+    ),
+    ("mean reward (greedy)", "eval/reward"),
+  ):
+    before, after = run.first_eval[key], run.last_eval[key]
+    rows.append(
+      {
+        "": name,
+        "before": f"{before:.3f}",
+        "after": f"{after:.3f}",
+        "change": f"{after - before:+.3f}",
+      }
+    )
+  writer.table(
+    rows,
+    title=f"{settings.eval.split}, n = {run.last_eval['eval/n']}, "
+    f"{run.step} steps",
+  )
+  total = max(seconds.get("time/step_s", 0.0), 1e-9)
+  split = ", ".join(
+    f"{key[5:-2]} {100 * value / total:.0f} %"
+    for key, value in seconds.items()
+    if key != "time/step_s"
+  )
+  writer.say(f"Steps took {total:.0f} s: {split}.")
+  writer.say(
+    f"In {run.workdir}: metrics.jsonl, samples/, tensorboard/, checkpoints/"
+    + (", model/" if settings.run.export else "")
+    + "."
+  )
+
+
+def evaluate_only(run: Run) -> int:
+  """Evaluates the run's last checkpoint, or model.path; prints one line."""
+  program, writer, settings = run.program, run.writer, run.settings
+  folder = run.workdir / "checkpoints"
+  state, source = _fresh_state(program), settings.model["path"] or "new model"
+  if folder.is_dir() and _same_model(run):
+    with Checkpointer(folder) as checkpointer:
+      restored = checkpointer.restore(program.state_template)
+    if restored is not None:
+      for message in restored.messages:
+        writer.warn(message)
+      state, source = restored.state, f"{folder} at step {restored.step}"
+      run.step = restored.step
+  run.state = state
+  values = run.evaluate(run.step)
+  for kind in ("greedy", "sampled"):
+    path = run.workdir / "samples" / f"eval-{run.step:06d}-{kind}.jsonl"
+    target = run.workdir / "eval" / f"{settings.eval.split}-{kind}.jsonl"
+    if run.main_process:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      path.replace(target)
+  if run.main_process:
+    line = {"model": source, "split": settings.eval.split}
+    print(json.dumps(line | values), flush=True)
+  return DONE
+
+
+def _same_model(run: Run) -> bool:
+  """Whether DIR's checkpoints come from the model.path that is asked for."""
+  path = run.workdir / "config.json"
+  if not path.exists():
+    return False
+  before = json.loads(path.read_text(encoding="utf-8"))
+  return before["model"]["path"] == run.config["model"]["path"]
