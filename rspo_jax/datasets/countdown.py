@@ -189,6 +189,17 @@ class Problems:
     """Returns the canonical solution as text."""
     return forms()[self.form[index]].text.format(*self.numbers[index].tolist())
 
+  def columns(self) -> dict[str, np.ndarray]:
+    """Returns numbers, target and solution (text), as the dataset holds them."""
+    templates = [form.text for form in forms()]
+    rows = zip(self.form.tolist(), self.numbers.tolist(), strict=True)
+    solution = np.array([templates[f].format(*row) for f, row in rows])
+    return {
+      "numbers": self.numbers,
+      "target": self.target,
+      "solution": solution.astype(np.bytes_),
+    }
+
 
 def _block(seed: int, split: str, block: int) -> Problems:
   """Generates the problems of one block that belong to the split."""

@@ -96,10 +96,18 @@ class Puzzles:
   def __len__(self) -> int:
     return len(self.puzzle)
 
+  def columns(self) -> dict[str, np.ndarray]:
+    """Returns puzzle and solution as text, as the dataset holds them."""
+    return {
+      "puzzle": _digits_text(self.puzzle),
+      "solution": _digits_text(self.solution),
+    }
 
-def digits_text(cells: np.ndarray) -> str:
-  """Writes cells as digits."""
-  return "".join(map(str, cells.tolist()))
+
+def _digits_text(cells: np.ndarray) -> np.ndarray:
+  """Writes cells i8 [n, 16] as byte strings of 16 digits, S16 [n]."""
+  digits = (cells + ord("0")).astype(np.uint8)
+  return np.ascontiguousarray(digits).view("S16")[:, 0]
 
 
 def _block(seed: int, split: str, empties: int, block: int) -> Puzzles:

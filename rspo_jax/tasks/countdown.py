@@ -9,6 +9,7 @@ over + - * / and parentheses in the given numbers, optionally followed by
 from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import countdown as generator
+from rspo_jax.datasets import files
 from rspo_jax.tasks import answers, base
 
 WEIGHTS = {"correct": 0.9, "numbers": 0.1}
@@ -38,6 +39,12 @@ def prompt(example: base.Example, style: str) -> str:
 
 def demonstration(example: base.Example) -> str:
   """Returns the canonical solution, written without spaces."""
+  if "solution" not in example:
+    raise ValueError(
+      f"the problem {example['ground_truth']} comes without a solution, which"
+      " supervised training needs; use the generated data or add a field"
+      " 'solution' to the file."
+    )
   return example["solution"]
 
 
@@ -140,31 +147,76 @@ def verify(
 
 
 class Examples(Sequence):
-  """Generated problems as a random-access sequence of examples."""
+  """Columns of generated problems as a random-access sequence of examples."""
 
-  def __init__(self, problems: generator.Problems):
-    self.problems = problems
+  def __init__(self, columns):
+    self.numbers = columns["numbers"]  # i32 [n, 3]
+    self.target = columns["target"]  # i32 [n]
+    self.solution = columns["solution"]  # byte strings [n]
 
   def __len__(self) -> int:
-    return len(self.problems)
+    return len(self.target)
 
   def __getitem__(self, index: int) -> base.Example:
-    problems = self.problems
     return {
       "ground_truth": [
-        problems.numbers[index].tolist(),
-        int(problems.target[index]),
+        self.numbers[index].tolist(),
+        int(self.target[index]),
       ],
-      "solution": problems.solution(index),
+      "solution": self.solution[index].decode(),
     }
 
 
+def parse_row(row) -> base.Example:
+  """Turns a row of a published file into an example.
+
+  Two layouts: {"input": "30,100,93", "output": "23"} and {"nums": [82, 93, 48],
+  "target": 37}, the latter with an optional solution.
+  """
+  numbers = files.field(row, "input", "nums", "numbers")
+  target = files.field(row, "output", "target")
+  if isinstance(numbers, str):
+    numbers = numbers.split(",")
+  try:
+    numbers = [_whole(number) for number in numbers]
+    target = _whole(target)
+  except (TypeError, ValueError) as error:
+    raise ValueError(
+      f"expected whole numbers as in '30,100,93' and '23', got"
+      f" {numbers!r:.60} and {target!r:.60}."
+    ) from error
+  if not numbers or min(numbers) < 0:
+    raise ValueError(f"expected one number or more, none negative: {numbers}.")
+  example = {"ground_truth": [numbers, target]}
+  solution = row.get("solution", row.get("one_solution"))
+  if solution is not None:
+    if not verify(example, str(solution)).correct:
+      raise ValueError(
+        f"the solution {solution!r} does not give {target} from {numbers}."
+      )
+    example["solution"] = "".join(str(solution).split())
+  return example
+
+
+def _whole(value) -> int:
+  """Returns a whole number given as int or digits."""
+  if isinstance(value, bool) or not isinstance(value, int | str):
+    raise ValueError(value)
+  return int(value)
+
+
 def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
-  """Loads a split of the generated data, or `settings.source`."""
+  """Loads a split of the generated data, or of `settings.source`."""
   base.check_split(split)
-  count = {"small": 16384, "large": 500_000}[settings.size]
-  count = count if split == "train" else 4096
-  return Examples(generator.generate(settings.seed, split, count))
+  if settings.source:
+    return files.load_split(settings.source, split, parse_row)
+  from rspo_jax.datasets import builders
+
+  return Examples(
+    builders.load_columns(
+      "countdown", split, settings.size, settings.seed, settings.data_dir
+    )
+  )
 
 
 TASK = base.Task(

@@ -9,7 +9,7 @@ solution, a short answer counting as zeros at its end.
 
 from collections.abc import Mapping, Sequence
 
-from rspo_jax.datasets import sudoku as generator
+from rspo_jax.datasets import files
 from rspo_jax.tasks import answers, base
 
 WEIGHTS = {"cells": 1.0, "valid": 0.0, "exact": 0.0}
@@ -128,27 +128,52 @@ def verify(
 
 
 class Examples(Sequence):
-  """Generated puzzles as a random-access sequence of examples."""
+  """Columns of generated puzzles as a random-access sequence of examples."""
 
-  def __init__(self, puzzles: generator.Puzzles):
-    self.puzzles = puzzles
+  def __init__(self, columns):
+    self.puzzle = columns["puzzle"]  # S16 [n]
+    self.solution = columns["solution"]  # S16 [n]
 
   def __len__(self) -> int:
-    return len(self.puzzles)
+    return len(self.puzzle)
 
   def __getitem__(self, index: int) -> base.Example:
     return {
-      "puzzle": generator.digits_text(self.puzzles.puzzle[index]),
-      "ground_truth": generator.digits_text(self.puzzles.solution[index]),
+      "puzzle": self.puzzle[index].decode(),
+      "ground_truth": self.solution[index].decode(),
     }
 
 
+def parse_row(row) -> base.Example:
+  """Turns a row {"Puzzle": 16 digits, "Solution": 16 digits} into an example."""
+  puzzle = str(files.field(row, "Puzzle", "puzzle")).strip()
+  solution = str(files.field(row, "Solution", "solution", "ground_truth"))
+  solution = solution.strip()
+  if len(puzzle) != 16 or not set(puzzle) <= set("01234"):
+    raise ValueError(
+      f"expected a puzzle of 16 digits 0..4 (0 empty), got {puzzle!r:.40}; keep"
+      " leading zeros."
+    )
+  if not is_valid(puzzle, solution):
+    raise ValueError(
+      f"the solution {solution!r:.40} is no valid grid with the clues of"
+      f" {puzzle}."
+    )
+  return {"puzzle": puzzle, "ground_truth": solution}
+
+
 def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
-  """Loads a split of the generated data, or `settings.source`."""
+  """Loads a split of the generated data, or of `settings.source`."""
   base.check_split(split)
-  count = {"small": 16384, "large": 500_000}[settings.size]
-  count = count if split == "train" else 4096
-  return Examples(generator.generate(settings.seed, split, count))
+  if settings.source:
+    return files.load_split(settings.source, split, parse_row)
+  from rspo_jax.datasets import builders
+
+  return Examples(
+    builders.load_columns(
+      "sudoku", split, settings.size, settings.seed, settings.data_dir
+    )
+  )
 
 
 TASK = base.Task(

@@ -1,0 +1,360 @@
+"""From a task's examples to batches of token arrays.
+
+1. `load_examples` gives a split as a random-access sequence.
+2. The order of examples is Grain's: a `MapDataset` of indices, shuffled anew
+   each epoch and repeated for ever, read by position. The batch of step t is
+   therefore a pure function of (seed, t); the only state to save is t.
+3. Each process takes its rows of the global batch: process p of n has rows
+   p*B/n .. (p+1)*B/n - 1, whatever n is.
+4. Prompts are tokenised once, the first time they are met, and kept in one
+   array; a prompt that does not fit is found before the first batch.
+
+Axis letters as in the README: B prompts a batch, b of them on this process, P
+prompt length, L completion length.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from rspo_jax.tasks import base
+
+# Above this many, only the prompts with the most characters are tokenised in
+# advance to see whether they fit.
+_CHECKED_PROMPTS = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+  """This process's share of a batch of prompts.
+
+  Attributes:
+    tokens: i32 [b, P], padded on the left.
+    mask: bool [b, P], False on padding.
+    examples: the b examples.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  examples: list[base.Example]
+
+
+@dataclasses.dataclass(frozen=True)
+class DemonstrationBatch:
+  """This process's share of a batch of demonstrations.
+
+  Attributes:
+    tokens: i32 [b, P], prompts padded on the left.
+    mask: bool [b, P], False on padding.
+    completion: i32 [b, L], filled up with EOS.
+    corrupt: bool [b], which demonstrations are of mixed quality.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  completion: np.ndarray
+  corrupt: np.ndarray
+
+
+def load_examples(
+  task: base.Task, split: str, settings: base.DataSettings
+) -> Sequence[base.Example]:
+  """Returns a split of a task's data as a random-access sequence.
+
+  Raises:
+    ValueError: unknown split or size, a source file that cannot be read, a
+      malformed row (file and line named), an empty split.
+  """
+  base.check_split(split)
+  examples = task.load(split, settings)
+  if not len(examples):
+    raise ValueError(
+      f"the {split} split of {task.name} is empty"
+      f" (data.source={settings.source!r}); give a source with rows for it."
+    )
+  return examples
+
+
+class Prompts:
+  """The prompts of a split as token rows, each tokenised when first met.
+
+  Args:
+    examples: random-access examples.
+    to_text: example -> prompt.
+    encode: text -> token ids.
+    prompt_length: P, the budget.
+    pad_id: fills the left of shorter prompts.
+
+  Raises:
+    ValueError: a prompt longer than the budget.
+  """
+
+  def __init__(
+    self,
+    examples: Sequence[base.Example],
+    to_text: Callable[[base.Example], str],
+    encode: Callable[[str], Sequence[int]],
+    prompt_length: int,
+    pad_id: int,
+  ):
+    self.examples = examples
+    self._to_text = to_text
+    self._encode = encode
+    self._tokens = np.full((len(examples), prompt_length), pad_id, np.int32)
+    self._length = np.full(len(examples), -1, np.int32)  # -1: not tokenised
+    self._check_longest()
+
+  def _check_longest(self) -> None:
+    """Tokenises the prompts most likely to exceed the budget."""
+    rows = range(len(self.examples))
+    if len(rows) > _CHECKED_PROMPTS:
+      sizes = np.array([len(self._to_text(e)) for e in self.examples])
+      rows = np.argpartition(sizes, -_CHECKED_PROMPTS)[-_CHECKED_PROMPTS:]
+    for row in rows:
+      self._fill(int(row))
+
+  def _fill(self, row: int) -> None:
+    text = self._to_text(self.examples[row])
+    ids = self._encode(text)
+    budget = self._tokens.shape[1]
+    if len(ids) > budget:
+      raise ValueError(
+        f"prompt {row} has {len(ids)} tokens but the budget is {budget}; set the"
+        f" prompt length to at least {len(ids)} or drop the example. It begins"
+        f" {text[:60]!r}."
+      )
+    if len(ids):
+      self._tokens[row, -len(ids) :] = ids
+    self._length[row] = len(ids)
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def rows(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns tokens i32 [b, P] and mask bool [b, P] of some examples."""
+    for row in indices[self._length[indices] < 0].tolist():
+      self._fill(row)
+    tokens = self._tokens[indices]
+    padding = tokens.shape[1] - self._length[indices]
+    return tokens, np.arange(tokens.shape[1]) >= padding[:, None]
+
+
+def _order(count: int, seed: int, shuffle: bool):
+  """Returns Grain's endless sequence of example indices."""
+  # Imported here: it takes most of a second, which a first line of output or a
+  # verifier should not wait for.
+  import grain
+
+  if not 0 <= seed < 2**32:
+    raise ValueError(f"data seed {seed} must be in 0..2^32-1.")
+  dataset = grain.MapDataset.range(count).seed(seed)
+  if shuffle:
+    dataset = dataset.shuffle()
+  return dataset.repeat()
+
+
+class Batches:
+  """Batches by step: `batches[t]` is a function of (seed, t) alone.
+
+  Iterating starts at `start_step` and never ends.
+
+  Args:
+    prompts: of the split.
+    make: (prompts, indices i64 [b], positions i64 [b]) -> batch; a position
+      counts examples from the start of the run, over all epochs.
+    batch_size: B, over all processes.
+    seed: of the order.
+    start_step: where iteration begins.
+    process_index: of this process.
+    process_count: must divide B.
+    shuffle: whether to shuffle each epoch.
+  """
+
+  def __init__(
+    self,
+    prompts: Prompts,
+    make: Callable[[Prompts, np.ndarray, np.ndarray], Any],
+    batch_size: int,
+    seed: int,
+    *,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    shuffle: bool = True,
+  ):
+    if batch_size < 1 or batch_size % process_count:
+      raise ValueError(
+        f"batch size {batch_size} must be a positive multiple of the"
+        f" {process_count} processes."
+      )
+    if not 0 <= process_index < process_count:
+      raise ValueError(
+        f"process index {process_index} must be below the process count"
+        f" {process_count}."
+      )
+    self._prompts = prompts
+    self._make = make
+    self._batch_size = batch_size
+    self._share = batch_size // process_count
+    self._offset = process_index * self._share
+    self._start_step = start_step
+    self._order = _order(len(prompts), seed, shuffle)
+
+  def __getitem__(self, step: int):
+    """Returns this process's share of the batch of a step."""
+    if step < 0:
+      raise IndexError(f"step {step} is negative")
+    first = step * self._batch_size + self._offset
+    positions = np.arange(first, first + self._share)
+    indices = np.array([self._order[p] for p in positions.tolist()], np.int64)
+    return self._make(self._prompts, indices, positions)
+
+  def __iter__(self) -> Iterator[Any]:
+    step = self._start_step
+    while True:
+      yield self[step]
+      step += 1
+
+
+def prompt_batches(
+  examples: Sequence[base.Example],
+  to_text: Callable[[base.Example], str],
+  encode: Callable[[str], Sequence[int]],
+  batch_size: int,
+  seed: int,
+  *,
+  prompt_length: int,
+  pad_id: int,
+  **placement,
+) -> Batches:
+  """Returns batches of prompts for rollouts.
+
+  Args:
+    examples: see `load_examples`.
+    to_text: example -> prompt.
+    encode: text -> token ids.
+    batch_size: B, over all processes.
+    seed: of the order.
+    prompt_length: P.
+    pad_id: fills the left of shorter prompts.
+    **placement: start_step, process_index, process_count and shuffle of
+      `Batches`.
+
+  Returns:
+    `Batches` of `PromptBatch`.
+  """
+
+  def make(prompts, indices, positions):
+    del positions
+    tokens, mask = prompts.rows(indices)
+    return PromptBatch(tokens, mask, [examples[i] for i in indices.tolist()])
+
+  prompts = Prompts(examples, to_text, encode, prompt_length, pad_id)
+  return Batches(prompts, make, batch_size, seed, **placement)
+
+
+def prompts_in_order(
+  examples: Sequence[base.Example],
+  to_text: Callable[[base.Example], str],
+  encode: Callable[[str], Sequence[int]],
+  indices: Sequence[int],
+  *,
+  prompt_length: int,
+  pad_id: int,
+) -> PromptBatch:
+  """Returns chosen examples as one batch, in the order given (evaluation)."""
+  chosen = [examples[int(i)] for i in indices]
+  prompts = Prompts(chosen, to_text, encode, prompt_length, pad_id)
+  tokens, mask = prompts.rows(np.arange(len(chosen)))
+  return PromptBatch(tokens, mask, chosen)
+
+
+def demonstration_batches(
+  examples: Sequence[base.Example],
+  task: base.Task,
+  to_text: Callable[[base.Example], str],
+  encode: Callable[[str], Sequence[int]],
+  batch_size: int,
+  seed: int,
+  *,
+  prompt_length: int,
+  completion_length: int,
+  pad_id: int,
+  eos_id: int,
+  corrupt_share: float = 0.0,
+  **placement,
+) -> Batches:
+  """Returns batches of demonstrations for supervised training.
+
+  Whether a demonstration is corrupt, and how, is drawn from (seed, position),
+  so it differs from epoch to epoch and not between process counts.
+
+  Args:
+    examples: see `load_examples`.
+    task: gives `demonstration` and `corrupt`.
+    to_text: example -> prompt.
+    encode: text -> token ids.
+    batch_size: B, over all processes.
+    seed: of the order and of the corruption.
+    prompt_length: P.
+    completion_length: L.
+    pad_id: fills the left of shorter prompts.
+    eos_id: fills the right of shorter completions.
+    corrupt_share: expected share of corrupt demonstrations, 0..1.
+    **placement: start_step, process_index, process_count and shuffle of
+      `Batches`.
+
+  Returns:
+    `Batches` of `DemonstrationBatch`.
+
+  Raises:
+    ValueError: a task without demonstrations, or a share outside 0..1; on
+      reading, a demonstration longer than L.
+  """
+  if task.demonstration is None or (corrupt_share and task.corrupt is None):
+    raise ValueError(
+      f"task {task.name} has no {'corrupt ' if task.demonstration else ''}"
+      "demonstrations, which supervised training on it would need."
+    )
+  if not 0.0 <= corrupt_share <= 1.0:
+    raise ValueError(f"corrupt_share={corrupt_share} must be in 0..1.")
+  clean_tokens: dict[int, np.ndarray] = {}
+
+  def completion_row(text: str) -> np.ndarray:
+    ids = encode(text)
+    if len(ids) > completion_length:
+      raise ValueError(
+        f"the demonstration {text[:60]!r} has {len(ids)} tokens but the"
+        f" completion length is {completion_length}; set it to at least"
+        f" {len(ids)}."
+      )
+    row = np.full(completion_length, eos_id, np.int32)
+    row[: len(ids)] = ids
+    return row
+
+  def clean_row(index: int) -> np.ndarray:
+    if index not in clean_tokens:
+      text = task.demonstration(examples[index])
+      clean_tokens[index] = completion_row(text)
+    return clean_tokens[index]
+
+  def make(prompts, indices, positions):
+    tokens, mask = prompts.rows(indices)
+    corrupt = np.zeros(len(indices), bool)
+    completion = np.empty((len(indices), completion_length), np.int32)
+    pairs = zip(indices.tolist(), positions.tolist(), strict=True)
+    for row, (index, position) in enumerate(pairs):
+      if corrupt_share:
+        rng = np.random.default_rng((seed, position))
+        if rng.random() < corrupt_share:
+          corrupt[row] = True
+          text = task.corrupt(examples[index], rng)
+          completion[row] = completion_row(text)
+          continue
+      completion[row] = clean_row(index)
+    return DemonstrationBatch(tokens, mask, completion, corrupt)
+
+  prompts = Prompts(examples, to_text, encode, prompt_length, pad_id)
+  return Batches(prompts, make, batch_size, seed, **placement)
