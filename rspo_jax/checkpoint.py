@@ -20,6 +20,7 @@ because object stores cannot rename a folder in one go.
 
 import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -42,6 +43,13 @@ _NAME = re.compile(r"step_(\d{8,})(?:\.(\d+))?")
 _HASH_THREADS = 4
 _READ_BYTES = 1 << 22
 _LISTINGS = 3
+_PLAIN_CAUSES = (
+  errno.ENOSPC,
+  errno.EDQUOT,
+  errno.EFBIG,
+  errno.EROFS,
+  errno.EACCES,
+)
 
 
 class CheckpointError(Exception):
@@ -715,6 +723,10 @@ def _ignoring_os_errors(action: Callable[[], Any]) -> None:
 def _reason(error: BaseException) -> str:
   """One line that names the cause."""
   text = " ".join(str(error).split()) or type(error).__name__
+  for code in _PLAIN_CAUSES:
+    # TensorStore buries it under the addresses of its layers.
+    if os.strerror(code) in text:
+      return os.strerror(code) + "."
   text = text if len(text) <= 300 else text[:300] + "..."
   return text if text.endswith((".", "!", "?")) else text + "."
 

@@ -387,6 +387,7 @@ def test_a_full_disk_is_reported_and_harms_nothing(saved, capfd):
       keeper.save(9, state, {})
       keeper.wait()
     assert str(saved / "step_00000009") in str(caught.value)
+    assert os.strerror(errno.EFBIG) in str(caught.value)
     assert "Make room" in str(caught.value)
     assert {p: p.read_bytes() for p in files_of(saved)} == before
     # Room again: the same run goes on.
