@@ -155,6 +155,27 @@ def _order(count: int, seed: int, shuffle: bool):
   return dataset.repeat()
 
 
+class _Streams:
+  """One random generator that is set to the stream of a position when asked.
+
+  Building a generator takes longer than drawing what a demonstration needs;
+  setting the counter of an existing one does not.
+  """
+
+  def __init__(self, seed: int):
+    self._bits = np.random.Philox(np.random.SeedSequence(seed))
+    self._state = self._bits.state
+    self._generator = np.random.Generator(self._bits)
+
+  def at(self, position: int) -> np.random.Generator:
+    """Returns the generator at the start of a position's stream."""
+    self._state["state"]["counter"][:] = (0, 0, position, 0)
+    self._state["buffer_pos"] = 4  # 4: the buffer of drawn words is empty
+    self._state["has_uint32"] = 0
+    self._bits.state = self._state
+    return self._generator
+
+
 class Batches:
   """Batches by step: `batches[t]` is a function of (seed, t) alone.
 
@@ -320,9 +341,10 @@ def demonstration_batches(
     )
   if not 0.0 <= corrupt_share <= 1.0:
     raise ValueError(f"corrupt_share={corrupt_share} must be in 0..1.")
-  clean_tokens: dict[int, np.ndarray] = {}
+  streams = _Streams(seed)
+  clean_ids: dict[int, Sequence[int]] = {}
 
-  def completion_row(text: str) -> np.ndarray:
+  def encode_answer(text: str) -> Sequence[int]:
     ids = encode(text)
     if len(ids) > completion_length:
       raise ValueError(
@@ -330,30 +352,24 @@ def demonstration_batches(
         f" completion length is {completion_length}; set it to at least"
         f" {len(ids)}."
       )
-    row = np.full(completion_length, eos_id, np.int32)
-    row[: len(ids)] = ids
-    return row
-
-  def clean_row(index: int) -> np.ndarray:
-    if index not in clean_tokens:
-      text = task.demonstration(examples[index])
-      clean_tokens[index] = completion_row(text)
-    return clean_tokens[index]
+    return ids
 
   def make(prompts, indices, positions):
     tokens, mask = prompts.rows(indices)
     corrupt = np.zeros(len(indices), bool)
-    completion = np.empty((len(indices), completion_length), np.int32)
+    completion = np.full((len(indices), completion_length), eos_id, np.int32)
     pairs = zip(indices.tolist(), positions.tolist(), strict=True)
     for row, (index, position) in enumerate(pairs):
-      if corrupt_share:
-        rng = np.random.default_rng((seed, position))
-        if rng.random() < corrupt_share:
-          corrupt[row] = True
-          text = task.corrupt(examples[index], rng)
-          completion[row] = completion_row(text)
-          continue
-      completion[row] = clean_row(index)
+      rng = streams.at(position) if corrupt_share else None
+      if rng is not None and rng.random() < corrupt_share:
+        corrupt[row] = True
+        ids = encode_answer(task.corrupt(examples[index], rng))
+      else:
+        ids = clean_ids.get(index)
+        if ids is None:
+          ids = encode_answer(task.demonstration(examples[index]))
+          clean_ids[index] = ids
+      completion[row, : len(ids)] = ids
     return DemonstrationBatch(tokens, mask, completion, corrupt)
 
   prompts = Prompts(examples, to_text, encode, prompt_length, pad_id)
