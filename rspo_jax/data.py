@@ -26,6 +26,10 @@ from rspo_jax.tasks import base
 _CHECKED_PROMPTS = 4096
 
 
+class DataError(ValueError):
+  """The data cannot be used as it is; the message says which and what to do."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
   """This process's share of a batch of prompts.
@@ -64,13 +68,16 @@ def load_examples(
   """Returns a split of a task's data as a random-access sequence.
 
   Raises:
-    ValueError: unknown split or size, a source file that cannot be read, a
+    DataError: unknown split or size, a source file that cannot be read, a
       malformed row (file and line named), an empty split.
   """
-  base.check_split(split)
-  examples = task.load(split, settings)
+  try:
+    base.check_split(split)
+    examples = task.load(split, settings)
+  except ValueError as error:
+    raise DataError(str(error)) from error
   if not len(examples):
-    raise ValueError(
+    raise DataError(
       f"the {split} split of {task.name} is empty"
       f" (data.source={settings.source!r}); give a source with rows for it."
     )
@@ -82,25 +89,25 @@ class Prompts:
 
   Args:
     examples: random-access examples.
-    to_text: example -> prompt.
+    prompt: example -> text of the prompt.
     encode: text -> token ids.
     prompt_length: P, the budget.
     pad_id: fills the left of shorter prompts.
 
   Raises:
-    ValueError: a prompt longer than the budget.
+    DataError: a prompt longer than the budget.
   """
 
   def __init__(
     self,
     examples: Sequence[base.Example],
-    to_text: Callable[[base.Example], str],
+    prompt: Callable[[base.Example], str],
     encode: Callable[[str], Sequence[int]],
     prompt_length: int,
     pad_id: int,
   ):
     self.examples = examples
-    self._to_text = to_text
+    self._prompt = prompt
     self._encode = encode
     self._tokens = np.full((len(examples), prompt_length), pad_id, np.int32)
     self._length = np.full(len(examples), -1, np.int32)  # -1: not tokenised
@@ -110,20 +117,23 @@ class Prompts:
     """Tokenises the prompts most likely to exceed the budget."""
     rows = range(len(self.examples))
     if len(rows) > _CHECKED_PROMPTS:
-      sizes = np.array([len(self._to_text(e)) for e in self.examples])
+      sizes = np.array([len(self._prompt(e)) for e in self.examples])
       rows = np.argpartition(sizes, -_CHECKED_PROMPTS)[-_CHECKED_PROMPTS:]
     for row in rows:
       self._fill(int(row))
 
   def _fill(self, row: int) -> None:
-    text = self._to_text(self.examples[row])
-    ids = self._encode(text)
+    text = self._prompt(self.examples[row])
+    try:
+      ids = self._encode(text)
+    except ValueError as error:
+      raise DataError(f"prompt {row}, {text[:60]!r}: {error}") from error
     budget = self._tokens.shape[1]
     if len(ids) > budget:
-      raise ValueError(
-        f"prompt {row} has {len(ids)} tokens but the budget is {budget}; set the"
-        f" prompt length to at least {len(ids)} or drop the example. It begins"
-        f" {text[:60]!r}."
+      raise DataError(
+        f"prompt {row} has {len(ids)} tokens, more than"
+        f" data.prompt_length={budget}; set that to at least {len(ids)} or drop"
+        f" the example. It begins {text[:60]!r}."
       )
     if len(ids):
       self._tokens[row, -len(ids) :] = ids
@@ -148,7 +158,7 @@ def _order(count: int, seed: int, shuffle: bool):
   import grain
 
   if not 0 <= seed < 2**32:
-    raise ValueError(f"data seed {seed} must be in 0..2^32-1.")
+    raise DataError(f"data seed {seed} must be in 0..2^32-1.")
   dataset = grain.MapDataset.range(count).seed(seed)
   if shuffle:
     dataset = dataset.shuffle()
@@ -206,12 +216,12 @@ class Batches:
     shuffle: bool = True,
   ):
     if batch_size < 1 or batch_size % process_count:
-      raise ValueError(
+      raise DataError(
         f"batch size {batch_size} must be a positive multiple of the"
         f" {process_count} processes."
       )
     if not 0 <= process_index < process_count:
-      raise ValueError(
+      raise DataError(
         f"process index {process_index} must be below the process count"
         f" {process_count}."
       )
@@ -241,7 +251,7 @@ class Batches:
 
 def prompt_batches(
   examples: Sequence[base.Example],
-  to_text: Callable[[base.Example], str],
+  prompt: Callable[[base.Example], str],
   encode: Callable[[str], Sequence[int]],
   batch_size: int,
   seed: int,
@@ -254,7 +264,7 @@ def prompt_batches(
 
   Args:
     examples: see `load_examples`.
-    to_text: example -> prompt.
+    prompt: example -> text of the prompt.
     encode: text -> token ids.
     batch_size: B, over all processes.
     seed: of the order.
@@ -272,30 +282,40 @@ def prompt_batches(
     tokens, mask = prompts.rows(indices)
     return PromptBatch(tokens, mask, [examples[i] for i in indices.tolist()])
 
-  prompts = Prompts(examples, to_text, encode, prompt_length, pad_id)
+  prompts = Prompts(examples, prompt, encode, prompt_length, pad_id)
   return Batches(prompts, make, batch_size, seed, **placement)
 
 
-def prompts_in_order(
+def encode_prompts(
   examples: Sequence[base.Example],
-  to_text: Callable[[base.Example], str],
+  prompt: Callable[[base.Example], str],
   encode: Callable[[str], Sequence[int]],
-  indices: Sequence[int],
-  *,
   prompt_length: int,
   pad_id: int,
-) -> PromptBatch:
-  """Returns chosen examples as one batch, in the order given (evaluation)."""
-  chosen = [examples[int(i)] for i in indices]
-  prompts = Prompts(chosen, to_text, encode, prompt_length, pad_id)
-  tokens, mask = prompts.rows(np.arange(len(chosen)))
-  return PromptBatch(tokens, mask, chosen)
+) -> tuple[np.ndarray, np.ndarray]:
+  """Tokenises all prompts in the order given (evaluation).
+
+  Args:
+    examples: n examples.
+    prompt: example -> text of the prompt.
+    encode: text -> token ids.
+    prompt_length: P.
+    pad_id: fills the left of shorter prompts.
+
+  Returns:
+    tokens i32 [n, P] and mask bool [n, P], False on padding.
+
+  Raises:
+    DataError: a prompt longer than P.
+  """
+  prompts = Prompts(examples, prompt, encode, prompt_length, pad_id)
+  return prompts.rows(np.arange(len(examples)))
 
 
 def demonstration_batches(
   examples: Sequence[base.Example],
   task: base.Task,
-  to_text: Callable[[base.Example], str],
+  prompt: Callable[[base.Example], str],
   encode: Callable[[str], Sequence[int]],
   batch_size: int,
   seed: int,
@@ -315,7 +335,7 @@ def demonstration_batches(
   Args:
     examples: see `load_examples`.
     task: gives `demonstration` and `corrupt`.
-    to_text: example -> prompt.
+    prompt: example -> text of the prompt.
     encode: text -> token ids.
     batch_size: B, over all processes.
     seed: of the order and of the corruption.
@@ -331,25 +351,28 @@ def demonstration_batches(
     `Batches` of `DemonstrationBatch`.
 
   Raises:
-    ValueError: a task without demonstrations, or a share outside 0..1; on
+    DataError: a task without demonstrations, or a share outside 0..1; on
       reading, a demonstration longer than L.
   """
   if task.demonstration is None or (corrupt_share and task.corrupt is None):
-    raise ValueError(
+    raise DataError(
       f"task {task.name} has no {'corrupt ' if task.demonstration else ''}"
       "demonstrations, which supervised training on it would need."
     )
   if not 0.0 <= corrupt_share <= 1.0:
-    raise ValueError(f"corrupt_share={corrupt_share} must be in 0..1.")
+    raise DataError(f"corrupt_share={corrupt_share} must be in 0..1.")
   streams = _Streams(seed)
   clean_ids: dict[int, Sequence[int]] = {}
 
   def encode_answer(text: str) -> Sequence[int]:
-    ids = encode(text)
+    try:
+      ids = encode(text)
+    except ValueError as error:
+      raise DataError(f"demonstration {text[:60]!r}: {error}") from error
     if len(ids) > completion_length:
-      raise ValueError(
-        f"the demonstration {text[:60]!r} has {len(ids)} tokens but the"
-        f" completion length is {completion_length}; set it to at least"
+      raise DataError(
+        f"the demonstration {text[:60]!r} has {len(ids)} tokens, more than"
+        f" sampler.completion_length={completion_length}; set that to at least"
         f" {len(ids)}."
       )
     return ids
@@ -372,5 +395,5 @@ def demonstration_batches(
       completion[row, : len(ids)] = ids
     return DemonstrationBatch(tokens, mask, completion, corrupt)
 
-  prompts = Prompts(examples, to_text, encode, prompt_length, pad_id)
+  prompts = Prompts(examples, prompt, encode, prompt_length, pad_id)
   return Batches(prompts, make, batch_size, seed, **placement)

@@ -157,7 +157,9 @@ class Examples(Sequence):
   def __len__(self) -> int:
     return len(self.target)
 
-  def __getitem__(self, index: int) -> base.Example:
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
     return {
       "ground_truth": [
         self.numbers[index].tolist(),

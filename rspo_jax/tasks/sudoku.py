@@ -137,7 +137,9 @@ class Examples(Sequence):
   def __len__(self) -> int:
     return len(self.puzzle)
 
-  def __getitem__(self, index: int) -> base.Example:
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
     return {
       "puzzle": self.puzzle[index].decode(),
       "ground_truth": self.solution[index].decode(),
