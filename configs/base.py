@@ -30,7 +30,7 @@ def get_config() -> ml_collections.ConfigDict:
   new.rope_theta = 10000.0
   new.norm_eps = 1e-5
   new.max_length = 64  # longest sequence, tokens
-  new.vocabulary = "0 1 2 3 4 5 6 7 8 9 + - * / ( ) , ="  # pieces of text
+  new.vocabulary = "0 1 2 3 4"  # pieces of text, separated by spaces
   new.pattern = "."  # regular expression of a piece
 
   config.task = task = ml_collections.ConfigDict()

@@ -42,7 +42,7 @@ def supervised(config):
   config.data.size = "large"
   config.rollout.prompts = 128
   config.rollout.group_size = 1
-  config.optimizer.learning_rate = 2e-3
+  config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule = "cosine"
   config.optimizer.warmup_steps = 100
   config.optimizer.final_share = 0.02
@@ -59,5 +59,8 @@ def get_config(arg: str = ""):
   supervised(config)
   config.task.name = "countdown"
   config.likelihood.scope = "canvas"
-  config.run.steps = 20000
+  numbers = " ".join(str(number) for number in range(101))
+  config.model.new.vocabulary = f"{numbers} + - * / ( ) , ="
+  config.model.new.pattern = r"\d+|\D"
+  config.run.steps = 14000
   return base.apply(config, arg, SWITCHES)
