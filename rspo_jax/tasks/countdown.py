@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import countdown as generator
 from rspo_jax.datasets import files
-from rspo_jax.tasks import answers, base
+from rspo_jax.tasks import answers, base, d1
 
 WEIGHTS = {"correct": 0.9, "numbers": 0.1}
 STYLES = ("compact",)
@@ -103,7 +103,8 @@ def verify(
   Args:
     example: with `ground_truth` [[numbers], target].
     completion: any text.
-    protocol: strict.
+    protocol: strict, or d1 for the verdicts and rewards of `d1`, which know no
+      weights.
     weights: of the parts `correct` and `numbers`; the default gives 1.0 when
       correct, 0.1 for a well-formed expression in exactly the given numbers
       that misses the target, 0 otherwise.
@@ -112,6 +113,8 @@ def verify(
     Verdict with parts `correct` and `numbers`.
   """
   base.check_protocol(protocol)
+  if protocol == "d1":
+    return d1.countdown(example, completion)
   weights = base.resolve_weights(WEIGHTS, weights)
   numbers, target = example["ground_truth"]
   text = _plain(_final_answer(answers.clip(completion)))

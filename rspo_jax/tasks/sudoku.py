@@ -10,7 +10,7 @@ solution, a short answer counting as zeros at its end.
 from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import files
-from rspo_jax.tasks import answers, base
+from rspo_jax.tasks import answers, base, d1
 
 WEIGHTS = {"cells": 1.0, "valid": 0.0, "exact": 0.0}
 STYLES = ("compact",)
@@ -86,7 +86,8 @@ def verify(
   Args:
     example: with `puzzle` and `ground_truth`, 16 digits each.
     completion: any text.
-    protocol: strict.
+    protocol: strict, or d1 for the verdicts and rewards of `d1`, which know no
+      weights.
     weights: of the parts `cells`, `valid` and `exact`.
 
   Returns:
@@ -95,6 +96,8 @@ def verify(
     and `exact` (the stored solution itself).
   """
   base.check_protocol(protocol)
+  if protocol == "d1":
+    return d1.sudoku(example, completion)
   weights = base.resolve_weights(WEIGHTS, weights)
   puzzle, gold = example["puzzle"], example["ground_truth"]
   digits = _final_digits(answers.clip(completion))

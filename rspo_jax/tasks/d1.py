@@ -1,0 +1,354 @@
+"""Verdicts and rewards as the d1 line of work computes them, quirks included.
+
+Papers of that line compare numbers made by one evaluation script and one set of
+training rewards. This module gives the same verdicts, so that numbers compare,
+without their dangers: nothing is run, and every search takes linear time. What
+is kept on purpose:
+
+- Countdown, verdict: without any box the whole completion is the answer, and
+  the first `expression=number` in it is what counts; <answer> tags are looked
+  at only when a box is left open. The right side of `=` is ignored, digit runs
+  are counted wherever they stand (so 1.5 holds the numbers 1 and 5), // and **
+  are allowed, and 1e-5 off is on target.
+- Countdown, reward: the last tag; 0.1 for anything in it, a box included.
+- Sudoku: only cells that were empty are compared, with one stored solution;
+  answers are padded with zeros or cut to 16 characters. The verdict reads the
+  first tag and removes white space only, the reward reads the last tag and
+  keeps digits only.
+
+Rewards are computed on the text as given. That code strips special tokens when
+it decodes, so callers who hold raw text strip them first.
+"""
+
+import operator
+import re
+
+from rspo_jax.tasks import answers, base
+
+_TOLERANCE = 1e-5
+_MAX_POWER_BITS = 4096  # beyond it a power is taken to miss any target
+_MAX_DEPTH = 200  # of parentheses; deeper ones are a syntax error in Python
+
+_OPENING, _CLOSING = "<answer>", "</answer>"
+_ENDS = ("<|eot_id|>", "<|endoftext|>")
+
+
+def first_tag(text: str) -> str | None:
+  """Returns what the first closed answer tag holds."""
+  start = text.find(_OPENING)
+  if start < 0:
+    return None
+  end = text.find(_CLOSING, start + len(_OPENING))
+  return text[start + len(_OPENING) : end] if end >= 0 else None
+
+
+def last_tag(text: str) -> str | None:
+  """Returns what the last answer tag holds when tags are read from the left."""
+  content, position = None, 0
+  while True:
+    start = text.find(_OPENING, position)
+    end = text.find(_CLOSING, start + len(_OPENING)) if start >= 0 else -1
+    if end < 0:
+      return content
+    content = text[start + len(_OPENING) : end]
+    position = end + len(_CLOSING)
+
+
+def last_box(text: str) -> str | None:
+  r"""Returns the last box's content, the whole text without any box.
+
+  None when that box is left open. `\boxed ` with a space takes everything up to
+  the next dollar sign; \fbox keeps its command.
+  """
+  if "\\boxed " in text:
+    return text.rpartition("\\boxed ")[2].partition("$")[0]
+  start = text.rfind("\\boxed")
+  if start < 0:
+    start = text.rfind("\\fbox")
+  if start < 0:
+    return text
+  depth = 0
+  for brace in re.compile("[{}]").finditer(text, start):
+    depth += 1 if brace.group() == "{" else -1
+    if depth == 0:
+      box = text[start : brace.end()]
+      left = "\\boxed{"
+      return box[len(left) : -1] if box.startswith(left) else box
+  return None
+
+
+_RUN = re.compile(r"[0-9+\-*/() ]+(=?)")
+
+
+def _left_side(text: str) -> str:
+  """Returns the first run of arithmetic before `=` and a number, or the text."""
+  for run in _RUN.finditer(text):
+    after = text[run.end() : run.end() + 1]
+    if run.group(1) and after and after in "0123456789. ":
+      return run.group()[:-1].strip()
+  return text
+
+
+def _same_numbers(text: str, numbers) -> bool:
+  try:
+    return sorted(map(int, re.findall(r"\d+", text))) == sorted(numbers)
+  except ValueError:  # more digits than Python converts
+    return False
+
+
+_ALLOWED = re.compile(r"[\d+\-*/().\s]+\n?\Z")
+_TOKEN = re.compile(
+  r"\*\*|//|[-+*/()]|[0-9]+\.?[0-9]*|\.[0-9]+|[ \t\f]+|[\r\n]+|.", re.DOTALL
+)
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "neg": 3, "pos": 3}
+_PRECEDENCE["**"] = 4
+_BINARY = {
+  "+": operator.add,
+  "-": operator.sub,
+  "*": operator.mul,
+  "/": operator.truediv,
+  "//": operator.floordiv,
+}
+
+
+def python_value(text: str):
+  """Evaluates arithmetic as Python would, without letting it run anything.
+
+  Args:
+    text: an expression over numbers, + - * / // ** and parentheses.
+
+  Returns:
+    int, float or complex; None where Python would raise, and where a power
+    would be too large to compute.
+  """
+  if not _ALLOWED.match(text):
+    return None
+  values, pending = [], []
+  operand_next, depth = True, 0
+  try:
+    for match in _TOKEN.finditer(text.strip()):
+      token = match.group()
+      first = token[0]
+      if first in " \t\f" or (first in "\r\n" and depth):
+        continue
+      if first.isascii() and (first.isdigit() or token[1:].isdigit()):
+        if not operand_next:
+          return None
+        values.append(_number(token))
+        operand_next = False
+      elif token == "(":
+        if not operand_next:
+          return None
+        pending.append(token)
+        depth += 1
+        if depth > _MAX_DEPTH:
+          return None
+      elif token == ")":
+        if operand_next or not depth:
+          return None
+        while pending[-1] != "(":
+          _apply(values, pending.pop())
+        pending.pop()
+        depth -= 1
+      elif token not in _PRECEDENCE and token != "**":
+        return None
+      elif operand_next:
+        if token not in "+-":
+          return None
+        pending.append("neg" if token == "-" else "pos")
+      else:
+        rank = _PRECEDENCE[token]
+        floor = rank + 1 if token == "**" else rank
+        while pending and _PRECEDENCE.get(pending[-1], 0) >= floor:
+          _apply(values, pending.pop())
+        pending.append(token)
+        operand_next = True
+    if operand_next or depth:
+      return None
+    while pending:
+      _apply(values, pending.pop())
+  except (ArithmeticError, TypeError, ValueError):
+    return None
+  return values[0]
+
+
+def _number(token: str):
+  """Reads a literal; an integer with leading zeros is none."""
+  if "." in token:
+    return float(token)
+  if token[0] == "0" and token.strip("0"):
+    raise ValueError(token)
+  return int(token)
+
+
+def _apply(values: list, name: str) -> None:
+  """Applies an operator to the top of the value stack."""
+  right = values.pop()
+  if name == "neg":
+    values.append(-right)
+  elif name == "pos":
+    values.append(+right)
+  elif name == "**":
+    values.append(_power(values.pop(), right))
+  else:
+    values.append(_BINARY[name](values.pop(), right))
+
+
+def _power(base_value, exponent):
+  """Raises to a power; OverflowError where the result would be huge."""
+  if isinstance(base_value, int) and isinstance(exponent, int):
+    bits = max(1, base_value.bit_length())
+    if abs(exponent) * bits > _MAX_POWER_BITS and abs(base_value) > 1:
+      raise OverflowError("power too large")
+  return base_value**exponent
+
+
+def _on_target(value, target) -> bool:
+  if value is None:
+    return False
+  try:
+    return bool(abs(value - target) < _TOLERANCE)
+  except (ArithmeticError, TypeError):
+    return False
+
+
+def countdown(example: base.Example, completion: str) -> base.Verdict:
+  """Judges a Countdown completion.
+
+  Returns:
+    Verdict whose `correct` is the evaluation script's and whose `reward` is the
+    training reward: 1, 0.1 or 0. Parts: `correct`, `countdown` (the reward).
+  """
+  numbers, target = example["ground_truth"]
+  text = completion[: answers.MAX_CHARACTERS]
+
+  equation = last_box(text)
+  if equation is None:
+    inside = first_tag(text)
+    equation = text if inside is None else inside.strip()
+  for latex, plain in (("\\div", "/"), ("\\times", "*"), ("\\cdot", "*")):
+    equation = equation.replace(latex, plain)
+  equation = _left_side(equation)
+  correct = _same_numbers(equation, numbers) and _on_target(
+    python_value(equation), target
+  )
+
+  tagged = last_tag(text)
+  if tagged is None:
+    reward = 0.0
+  else:
+    tagged = tagged.strip()
+    hit = _same_numbers(tagged, numbers) and _on_target(
+      python_value(tagged), target
+    )
+    reward = 1.0 if hit else 0.1
+  parts = {"correct": float(correct), "countdown": reward}
+  return base.Verdict(reward, correct, parts, f"read {equation[:40]!a}")
+
+
+_CELLS = re.compile(r"[\d\s]+")
+_SPACE_BEFORE = re.compile(r"(\d{16})\s*\Z")
+_WORD = re.compile(r"\b(\d{16})\b")
+
+
+def sudoku_answer(text: str) -> str:
+  """Finds the grid as the evaluation script does: five patterns in turn."""
+  for find in (
+    _fenced,
+    _to_end_of_tag,
+    _after_tag,
+    _before_closing,
+    _word,
+  ):
+    found = find(text)
+    if found:
+      return "".join(found.split())
+  return ""
+
+
+def _fenced(text: str) -> str:
+  """The first fenced block of digits after the first opening tag."""
+  start = text.find(_OPENING)
+  if start < 0:
+    return ""
+  fence = text.find("```", start + len(_OPENING))
+  while fence >= 0:
+    cells = _CELLS.match(text, fence + 3)
+    if cells and text.startswith("```", cells.end()):
+      return cells.group().strip()
+    fence = text.find("```", fence + 1)
+  return ""
+
+
+def _first_of(text: str, ends, start: int) -> int:
+  found = [i for i in (text.find(end, start) for end in ends) if i >= 0]
+  return min(found, default=-1)
+
+
+def _to_end_of_tag(text: str) -> str:
+  """From the first opening tag to an end token or the closing tag."""
+  start = text.find(_OPENING)
+  if start < 0:
+    return ""
+  start += len(_OPENING)
+  end = _first_of(text, (*_ENDS, _CLOSING), start)
+  return text[start:end].strip() if end >= 0 else ""
+
+
+def _after_tag(text: str) -> str:
+  """From the first closing tag to an end token or the end."""
+  start = text.find(_CLOSING)
+  if start < 0:
+    return ""
+  start += len(_CLOSING)
+  end = _first_of(text, _ENDS, start)
+  return text[start : end if end >= 0 else None].strip()
+
+
+def _before_closing(text: str) -> str:
+  """Sixteen digits right before a closing tag."""
+  end = text.find(_CLOSING)
+  while end >= 0:
+    stop = end
+    while stop and text[stop - 1].isspace():
+      stop -= 1
+    cells = text[max(0, stop - 16) : stop]
+    if _SPACE_BEFORE.match(cells):
+      return cells
+    end = text.find(_CLOSING, end + 1)
+  return ""
+
+
+def _word(text: str) -> str:
+  """Sixteen digits that stand alone."""
+  found = _WORD.search(text)
+  return found.group(1) if found else ""
+
+
+def _share(cells: str, puzzle: str, gold: str) -> float:
+  """Returns the share of empty cells that agree, cells padded or cut to 16."""
+  empties = puzzle.count("0")
+  if not cells or not empties:
+    return 0.0
+  cells = cells[:16].ljust(16, "0")
+  triples = zip(puzzle, cells, gold, strict=True)
+  return sum(p == "0" and a == g for p, a, g in triples) / empties
+
+
+def sudoku(example: base.Example, completion: str) -> base.Verdict:
+  """Judges a sudoku completion.
+
+  Returns:
+    Verdict whose `correct` says that the evaluation script finds all empty
+    cells right and whose `reward` is the training reward. Parts: `accuracy`
+    (the script's share of empty cells), `sudoku` (the reward).
+  """
+  puzzle, gold = example["puzzle"], example["ground_truth"]
+  text = completion[: answers.MAX_CHARACTERS]
+  found = sudoku_answer(text)
+  accuracy = _share(found, puzzle, gold)
+  tagged = last_tag(text)
+  digits = "".join(c for c in tagged or "" if c.isdigit())
+  reward = _share(digits, puzzle, gold)
+  parts = {"accuracy": accuracy, "sudoku": reward}
+  return base.Verdict(reward, accuracy == 1.0, parts, f"read {found[:20]!a}")
