@@ -227,7 +227,7 @@ def load_columns(
   """
   builder = prepare(name, size, seed, data_dir)
   cache = _columns_path(builder, split)
-  damaged = (OSError, ValueError, KeyError, zipfile.BadZipFile)
+  damaged = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
   with (
     contextlib.suppress(*damaged),
     np.load(cache, allow_pickle=False) as stored,

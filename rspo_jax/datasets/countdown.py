@@ -232,7 +232,7 @@ def generate(seed: int, split: str, count: int) -> Problems:
     split: train, validation or test.
     count: how many.
   """
-  blocks, seen, have = [], set(), 0
+  blocks, seen, have = [_empty()], set(), 0
   for block in itertools.count():
     if have >= count:
       break
@@ -246,6 +246,12 @@ def generate(seed: int, split: str, count: int) -> Problems:
       np.concatenate([getattr(b, field.name) for b in blocks])[:count]
       for field in dataclasses.fields(Problems)
     )
+  )
+
+
+def _empty() -> Problems:
+  return Problems(
+    np.zeros((0, 3), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int8)
   )
 
 

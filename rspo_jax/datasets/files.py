@@ -67,7 +67,8 @@ def _csv_rows(path, text):
         )
       yield reader.line_num, row
   except csv.Error as error:
-    raise ValueError(f"{path}:{reader.line_num}: {error}.") from error
+    line = reader.reader.line_num
+    raise ValueError(f"{path}:{line}: {error}.") from error
 
 
 def load_rows(

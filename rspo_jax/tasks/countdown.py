@@ -83,7 +83,9 @@ def _plain(text: str) -> str:
       text = text.replace(symbol, plain)
   text = text.strip()
   if len(text) > 1 and text[0] == "$" and text[-1] == "$":
-    text = text.strip("$")
+    return text.strip("$")
+  if text.startswith("\\(") and text.endswith("\\)"):
+    return text[2:-2]
   return text
 
 
