@@ -252,4 +252,9 @@ def _read(builder, split: str) -> dict[str, np.ndarray]:
       f"the prepared dataset {builder.data_path} cannot be read ({error});"
       " delete that folder and start again: it is generated anew."
     ) from error
-  return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+  columns = {name: np.array([row[name] for row in rows]) for name in rows[0]}
+  # Scalars come back as Python integers.
+  return {
+    name: column.astype(np.int32) if column.dtype.kind == "i" else column
+    for name, column in columns.items()
+  }

@@ -33,20 +33,15 @@ def clip(completion: str) -> str:
 def last_tag(text: str, tag: str = "answer") -> str | None:
   """Returns what the last closed <tag>…</tag> holds, None without one.
 
-  The last closing tag counts, paired with the opening one before it and after
-  any earlier closing tag.
+  That is from the last opening tag with a closing one behind it to the first
+  closing tag that follows.
   """
-  end = text.rfind(f"</{tag}>")
-  while end >= 0:
-    opening = f"<{tag}>"
-    start = text.rfind(opening, 0, end)
-    if start < 0:
-      return None
-    previous_end = text.rfind(f"</{tag}>", 0, end)
-    if start > previous_end:
-      return text[start + len(opening) : end]
-    end = previous_end
-  return None
+  opening, closing = f"<{tag}>", f"</{tag}>"
+  start = text.rfind(opening, 0, max(text.rfind(closing), 0))
+  if start < 0:
+    return None
+  start += len(opening)
+  return text[start : text.find(closing, start)]
 
 
 def last_box(text: str) -> str | None:
