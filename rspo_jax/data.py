@@ -1,9 +1,9 @@
 """From a task's examples to batches of token arrays.
 
 1. `load_examples` gives a split as a random-access sequence.
-2. The order of examples is Grain's: a `MapDataset` of indices, shuffled anew
-   each epoch and repeated for ever, read by position. The batch of step t is
-   therefore a pure function of (seed, t); the only state to save is t.
+2. Batches are a Grain `MapDataset` indexed by step: examples are shuffled anew
+   each epoch, and the batch of step t is a pure function of (seed, t). The only
+   state to save is t.
 3. Each process takes its rows of the global batch: process p of n has rows
    p*B/n .. (p+1)*B/n - 1, whatever n is.
 4. Prompts are tokenised once, the first time they are met, and kept in one
@@ -19,11 +19,15 @@ from typing import Any
 
 import numpy as np
 
+from rspo_jax.datasets import streams
 from rspo_jax.tasks import base
 
 # Above this many, only the prompts with the most characters are tokenised in
 # advance to see whether they fit.
 _CHECKED_PROMPTS = 4096
+
+_STREAM = 0x6F726472  # keeps the order's draws apart from other ones
+_ENDLESS = 2**40  # steps
 
 
 class DataError(ValueError):
@@ -151,18 +155,36 @@ class Prompts:
     return tokens, np.arange(tokens.shape[1]) >= padding[:, None]
 
 
-def _order(count: int, seed: int, shuffle: bool):
-  """Returns Grain's endless sequence of example indices."""
-  # Imported here: it takes most of a second, which a first line of output or a
-  # verifier should not wait for.
-  import grain
+class _Order:
+  """The endless order of examples: every epoch reads each once.
 
-  if not 0 <= seed < 2**32:
-    raise DataError(f"data seed {seed} must be in 0..2^32-1.")
-  dataset = grain.MapDataset.range(count).seed(seed)
-  if shuffle:
-    dataset = dataset.shuffle()
-  return dataset.repeat()
+  An epoch's order is the ranking of random words drawn from (seed, epoch): the
+  same under every version of every library, and cheap for few examples too.
+  """
+
+  def __init__(self, count: int, seed: int, shuffle: bool):
+    self._count, self._seed, self._shuffle = count, seed, shuffle
+    self._recent: dict[int, np.ndarray] = {}
+
+  def _epoch(self, epoch: int) -> np.ndarray:
+    """Returns the order of one epoch: i64 [count]."""
+    if epoch not in self._recent:
+      if len(self._recent) > 1:
+        del self._recent[min(self._recent)]
+      words = streams.raw_words((_STREAM, self._seed, epoch), self._count)
+      self._recent[epoch] = words.argsort(kind="stable")
+    return self._recent[epoch]
+
+  def indices(self, positions: np.ndarray) -> np.ndarray:
+    """Returns the examples at positions counted from the start of the run."""
+    epochs, rows = np.divmod(positions, self._count)
+    if not self._shuffle:
+      return rows
+    found = np.empty(len(rows), np.int64)
+    for epoch in np.unique(epochs).tolist():
+      mine = epochs == epoch
+      found[mine] = self._epoch(epoch)[rows[mine]]
+    return found
 
 
 class _Streams:
@@ -189,7 +211,8 @@ class _Streams:
 class Batches:
   """Batches by step: `batches[t]` is a function of (seed, t) alone.
 
-  Iterating starts at `start_step` and never ends.
+  Iterating starts at `start_step` and never ends. `dataset` is the same as a
+  Grain dataset, for those who want to go on from it.
 
   Args:
     prompts: of the split.
@@ -231,16 +254,25 @@ class Batches:
     self._share = batch_size // process_count
     self._offset = process_index * self._share
     self._start_step = start_step
-    self._order = _order(len(prompts), seed, shuffle)
+    if not 0 <= seed < 2**32:
+      raise DataError(f"data seed {seed} must be in 0..2^32-1.")
+    self._order = _Order(len(prompts), seed, shuffle)
+    # Imported here: it takes most of a second, which a first line of output or
+    # a verifier should not wait for.
+    import grain
+
+    self.dataset = grain.MapDataset.range(_ENDLESS).map(self._batch)
+
+  def _batch(self, step: int):
+    first = int(step) * self._batch_size + self._offset
+    positions = np.arange(first, first + self._share)
+    return self._make(self._prompts, self._order.indices(positions), positions)
 
   def __getitem__(self, step: int):
     """Returns this process's share of the batch of a step."""
-    if step < 0:
-      raise IndexError(f"step {step} is negative")
-    first = step * self._batch_size + self._offset
-    positions = np.arange(first, first + self._share)
-    indices = np.array([self._order[p] for p in positions.tolist()], np.int64)
-    return self._make(self._prompts, indices, positions)
+    if not 0 <= step < _ENDLESS:
+      raise IndexError(f"step {step} must be in 0..{_ENDLESS - 1}")
+    return self.dataset[step]
 
   def __iter__(self) -> Iterator[Any]:
     step = self._start_step
