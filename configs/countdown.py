@@ -52,3 +52,56 @@ def get_config(arg: str = ""):
   config.run.steps = 150
   _calibrated(config)
   return base.apply(config, arg, SWITCHES)
+
+
+def ablation(seeds):
+  """The paper's ablation around a task's config, as entries of a sweep.
+
+  `rspo` is the config as it stands; every other entry changes one thing.
+  Lambda covers four decades; `paper_literal` reads the paper's 0.01 per token.
+
+  Args:
+    seeds: values of run.seed, a run each.
+
+  Returns:
+    dicts with name, overrides and seeds (rspo_jax/sweep.py).
+  """
+  changes = {
+    "rspo": {},
+    # Does the gap do anything? And against imitating what was right?
+    "lambda_0": {"objective.lambda_": 0.0},
+    "rft": {"objective.name": "rft"},
+  }
+  for name, value in (
+    ("paper_literal", 0.01),
+    ("lambda_0.1", 0.1),
+    ("lambda_1", 1.0),
+    ("lambda_10", 10.0),
+    ("lambda_100", 100.0),
+  ):
+    changes[name] = {
+      "objective.lambda_": value,
+      "objective.lambda_unit": "token",
+    }
+  changes |= {
+    "centring_batch": {"objective.centring": "batch"},
+    "centring_none": {"objective.centring": "none"},
+    "no_reference": {"objective.subtract_reference": False},
+    "masks_4": {"likelihood.masks": 4},
+    "masks_8": {"likelihood.masks": 8},
+    "leave_one_out": {
+      "likelihood.masks": 4,
+      "objective.gap_masks": "leave_one_out",
+    },
+  }
+  for scheme in ("uniform", "stratified", "fixed_count"):
+    changes[f"scheme_{scheme}"] = {"likelihood.scheme": scheme}
+  return [
+    {"name": name, "overrides": overrides, "seeds": seeds}
+    for name, overrides in changes.items()
+  ]
+
+
+def sweep():
+  """The runs of launch/sweep.py: the ablation over three seeds."""
+  return ablation(seeds=(0, 1, 2))

@@ -23,3 +23,8 @@ def get_config(arg: str = ""):
   config.run.steps = 100
   countdown.SWITCHES["calibrated"](config)
   return base.apply(config, arg, countdown.SWITCHES)
+
+
+def sweep():
+  """The runs of launch/sweep.py: the ablation over five seeds."""
+  return countdown.ablation(seeds=(0, 1, 2, 3, 4))
