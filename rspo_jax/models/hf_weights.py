@@ -239,6 +239,9 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
       buffer = _read_leaf(reader, leaf, stored, dtype)
       _set(params, leaf.path, _place(buffer, sharding))
       del buffer
+      # The runtime drops its hold on a host buffer only when it is called
+      # again; without this two parameters would be in host memory.
+      jax.device_put(np.float32(0))
   return Model(
     config=config,
     params=params,
