@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from rspo_jax import sharding, train_step
+from rspo_jax import rollout, sharding, train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,8 @@ def run(
     seed: of the run; the EVAL stream is folded with the batch's index.
     judge: (examples, texts) -> `rollout.Judged`.
     to_text: (tokens [n, L], mask [n, L]) -> texts.
-    on_batch: progress, (prompts done, prompts in all).
+    on_batch: called after each batch with (prompts done, prompts in all);
+      may raise to give up.
 
   Returns:
     `Result` over all prompts, the same on every process.
@@ -111,7 +112,7 @@ def run(
   processes, process = jax.process_count(), jax.process_index()
   mine = batch // processes
   total = len(prompts.examples)
-  rows, columns = [], []
+  rows = []
   calls = 0
   for index, start in enumerate(range(0, total, batch)):
     picked = np.arange(start + process * mine, start + (process + 1) * mine)
@@ -130,35 +131,20 @@ def run(
     calls = int(out.denoiser_calls)
     lengths = scored.sum(1)
     for i in np.flatnonzero(real):
-      verdict = judged.verdicts[i]
       rows.append(
         {
           "index": int(picked[i]),
           "completion": judged.texts[i],
-          "reward": verdict.reward,
-          "correct": verdict.correct,
-          "parts": dict(verdict.parts),
-          "reason": verdict.reason,
+          **rollout.verdict_row(judged.verdicts[i]),
           "length": int(lengths[i]),
         }
       )
-      columns.append(
-        (int(picked[i]), verdict.correct, verdict.reward, lengths[i])
-      )
     on_batch(min(start + batch, total), total)
-  table = np.asarray(columns, np.float64).reshape(-1, 4)
-  if processes > 1:
-    from jax.experimental import multihost_utils
-
-    full = np.full((-(-total // processes) + batch, 4), -1.0)
-    full[: len(table)] = table
-    table = np.asarray(multihost_utils.process_allgather(full)).reshape(-1, 4)
-    table = table[table[:, 0] >= 0]
-  table = table[np.argsort(table[:, 0], kind="stable")]
+  rows = sorted(sharding.gather_json(rows), key=lambda row: row["index"])
   return Result(
-    correct=table[:, 1].astype(bool),
-    rewards=table[:, 2].astype(np.float32),
-    lengths=table[:, 3].astype(np.int64),
+    correct=np.array([row["verdict"]["correct"] for row in rows], bool),
+    rewards=np.array([row["verdict"]["reward"] for row in rows], np.float32),
+    lengths=np.array([row["length"] for row in rows], np.int64),
     rows=rows,
     denoiser_calls=calls,
   )

@@ -182,6 +182,11 @@ class MetricsWriter:
     """Shows a message even when quiet."""
     self._view.say(text, always=True)
 
+  def fail(self, error: object) -> None:
+    """Ends the progress line and names what ended the run, on stderr."""
+    self._view.close()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+
   def debug(self, text: str) -> None:
     """Shows a message at the debug level only."""
     self._view.say(text, debug=True)

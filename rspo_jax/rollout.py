@@ -128,6 +128,20 @@ def judge(
   return Judged(texts=texts, verdicts=verdicts)
 
 
+def verdict_row(verdict: base.Verdict) -> dict:
+  """A verdict as fields of a row of samples/ and eval/."""
+  return {
+    "reward": float(verdict.reward),
+    "correct": bool(verdict.correct),
+    "verdict": {
+      "reward": float(verdict.reward),
+      "correct": bool(verdict.correct),
+      "parts": {key: float(part) for key, part in verdict.parts.items()},
+      "reason": verdict.reason,
+    },
+  }
+
+
 def order_by_keep(keep: np.ndarray, shards: int) -> np.ndarray:
   """Order of groups [b] that puts kept ones first in each of the shards.
 
@@ -155,6 +169,7 @@ def assemble(
   skip_equal_groups: bool,
   scope: str,
   shards: int,
+  first_row: int = 0,
 ) -> RolloutBatch:
   """Host arrays of a step: advantages, targets, what is scored and seen.
 
@@ -167,9 +182,11 @@ def assemble(
     skip_equal_groups: drop groups whose advantages are all zero.
     scope: "completion" or "canvas" (likelihood.LikelihoodSettings).
     shards: this host's shards of the batch.
+    first_row: place of this host's first completion in the whole rollout.
 
   Returns:
-    `RolloutBatch` of numpy arrays, reordered so that kept groups come first.
+    `RolloutBatch` of numpy arrays, kept groups first in every shard; in the
+    rollout's order where nothing can be dropped.
   """
   group = objective.group_size
   rewards = judged.rewards.reshape(-1, group)  # [b, G]
@@ -179,9 +196,10 @@ def assemble(
   )
   targets = objectives.targets(advantages, objective.lambda_)
   keep = np.ones(len(rewards), bool)
+  order = np.arange(len(rewards))
   if skip_equal_groups:
     keep = (advantages != 0).any(1)
-  order = order_by_keep(keep, shards)
+    order = order_by_keep(keep, shards)
   rows = (order[:, None] * group + np.arange(group)).reshape(-1)
   length = completion_mask.shape[1]
   if scope == "canvas":
@@ -199,6 +217,7 @@ def assemble(
     advantage=advantages.reshape(-1)[rows],
     target=targets.reshape(-1)[rows],
     keep=np.repeat(keep, group).astype(np.float32)[rows],
+    row=(first_row + rows).astype(np.int32),
   )
 
 
@@ -221,4 +240,5 @@ def present(out: Completions, scope: str) -> RolloutBatch:
     advantage=jnp.zeros(n),
     target=jnp.zeros(n),
     keep=jnp.ones(n),
+    row=jnp.arange(n, dtype=jnp.int32),
   )

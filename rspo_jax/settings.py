@@ -8,11 +8,14 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import os
 import pathlib
+import tempfile
 from typing import Any
 
 EMBEDDED = "embedded:"
+CONFIG = "config.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,21 +82,117 @@ class Settings:
     return self.objective.name == "sft"
 
 
-def _positive(config, *keys: str) -> None:
-  """Refuses counts that are not positive integers."""
-  for key in keys:
-    group, name = key.split(".")
-    value = config[group][name]
-    if value < 1:
-      raise ValueError(f"{key}={value} must be at least 1.")
+# Whole numbers from 1 on.
+_POSITIVE = (
+  "rollout.prompts",
+  "rollout.group_size",
+  "data.prompt_length",
+  "sampler.completion_length",
+  "sampler.block_length",
+  "sampler.steps",
+  "likelihood.masks",
+  "model.head_chunks",
+  "train.micro_batch",
+  "eval.batch",
+  "run.steps",
+  "run.checkpoint_every",
+  "run.keep_checkpoints",
+)
+_NOT_NEGATIVE = (
+  "rollout.temperature",
+  "objective.lambda_",
+  "optimizer.learning_rate",
+  "optimizer.warmup_steps",
+  "optimizer.weight_decay",
+  "eval.temperature",
+  "eval.prompts",
+  "eval.every",
+  "eval.completion_length",
+  "eval.block_length",
+  "eval.steps",
+  "run.seed",
+  "run.samples_every",
+  "data.seed",
+)
+# (low, high, whether high is allowed).
+_RANGES = {
+  "data.corrupt_share": (0.0, 1.0, True),
+  "optimizer.final_share": (0.0, 1.0, True),
+  "optimizer.b1": (0.0, 1.0, False),
+  "optimizer.b2": (0.0, 1.0, False),
+}
+_DTYPES = ("float32", "bfloat16")
+_CHOICES = {
+  "data.size": ("small", "large"),
+  "run.log": ("quiet", "normal", "debug"),
+  "model.compute_dtype": ("auto", *_DTYPES),
+  "model.param_dtype": _DTYPES,
+  "model.attention": ("einsum", "flash"),
+  "optimizer.moment_dtype": _DTYPES,
+}
+_SEEDS = ("run.seed", "data.seed")
 
 
-def _not_negative(config, *keys: str) -> None:
-  for key in keys:
-    group, name = key.split(".")
-    value = config[group][name]
-    if not value >= 0:
-      raise ValueError(f"{key}={value} must not be negative.")
+def check_values(config) -> None:
+  """Checks what can be checked without JAX, in a moment.
+
+  Args:
+    config: a ConfigDict with exactly the keys of configs/base.py.
+
+  Raises:
+    ValueError: names key, value and remedy.
+  """
+  values = flat(config.to_dict())
+  for key, value in values.items():
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f"{key}={value} must be a finite number.")
+    bound = 2**32 if key in _SEEDS else 2**31
+    if type(value) is int and not -bound < value < bound:
+      raise ValueError(f"{key}={value} is too large; use at most {bound - 1}.")
+  for key in _POSITIVE:
+    if values[key] < 1:
+      raise ValueError(f"{key}={values[key]} must be at least 1.")
+  for key in _NOT_NEGATIVE:
+    if values[key] < 0:
+      raise ValueError(f"{key}={values[key]} must not be negative.")
+  for key, (low, high, closed) in _RANGES.items():
+    if not (low <= values[key] < high or (closed and values[key] == high)):
+      raise ValueError(
+        f"{key}={values[key]} must lie in [{low:g}, {high:g}"
+        f"{']' if closed else ')'}."
+      )
+  for key in ("optimizer.eps", "optimizer.clip_norm"):
+    if values[key] <= 0:
+      raise ValueError(f"{key}={values[key]} must be greater than 0.")
+  for key, allowed in _CHOICES.items():
+    _one_of(key, values[key], allowed)
+  if config.data.source and not os.path.isfile(config.data.source):
+    raise ValueError(
+      f"data.source={config.data.source!r} is not a file; give a JSONL or CSV "
+      "file, or leave it empty."
+    )
+  if config.model.path:
+    resolve_model_path(config.model.path)
+  else:
+    _check_new_model(config.model.new)
+
+
+def _check_new_model(new) -> None:
+  """Sizes of a model that is made from nothing."""
+  for key, value in new.to_dict().items():
+    if not isinstance(value, str) and not value > 0:
+      raise ValueError(f"model.new.{key}={value} must be greater than 0.")
+  if new.width % (2 * new.heads):
+    raise ValueError(
+      f"model.new.width={new.width} must be an even multiple of "
+      f"model.new.heads={new.heads} (rotary pairs); use "
+      f"{-(-new.width // (2 * new.heads)) * 2 * new.heads}."
+    )
+  if new.heads % new.kv_heads:
+    raise ValueError(
+      f"model.new.kv_heads={new.kv_heads} must divide model.new.heads="
+      f"{new.heads}; use {math.gcd(new.heads, new.kv_heads)}."
+    )
 
 
 def _one_of(key: str, value: str, allowed) -> None:
@@ -110,7 +209,7 @@ def _one_of(key: str, value: str, allowed) -> None:
 def embedded_names() -> list[str]:
   """Names of the checkpoints that the package carries."""
   folder = pathlib.Path(__file__).parent / "checkpoints"
-  return sorted(path.name for path in folder.glob("*") if path.is_dir())
+  return sorted(path.parent.name for path in folder.glob("*/config.json"))
 
 
 def resolve_model_path(path: str) -> str:
@@ -119,10 +218,17 @@ def resolve_model_path(path: str) -> str:
     name = path.removeprefix(EMBEDDED)
     _one_of("model.path", path, [EMBEDDED + n for n in embedded_names()])
     return str(pathlib.Path(__file__).parent / "checkpoints" / name)
-  if path and "://" not in path and not os.path.isdir(path):
+  if not path or "://" in path:
+    return path
+  if not os.path.isdir(path):
     raise ValueError(
       f"model.path={path!r} is not a folder; give one with config.json, "
       "*.safetensors and tokenizer.json."
+    )
+  if not os.path.isfile(os.path.join(path, "config.json")):
+    raise ValueError(
+      f"model.path={path!r} holds no config.json; give a checkpoint folder in "
+      "the Hugging Face layout (of a run: DIR/model)."
     )
   return path
 
@@ -140,70 +246,44 @@ def build(config, devices: int) -> Settings:
   from rspo_jax import likelihood, objectives, sampler, sharding, train_step
   from rspo_jax.tasks import TASKS, base
 
-  _positive(
-    config,
-    "rollout.prompts",
-    "rollout.group_size",
-    "data.prompt_length",
-    "sampler.completion_length",
-    "sampler.block_length",
-    "sampler.steps",
-    "train.micro_batch",
-    "eval.batch",
-    "run.steps",
-    "run.checkpoint_every",
-    "run.keep_checkpoints",
-  )
-  _not_negative(
-    config,
-    "rollout.temperature",
-    "eval.temperature",
-    "eval.prompts",
-    "eval.every",
-    "eval.completion_length",
-    "eval.block_length",
-    "eval.steps",
-    "run.seed",
-    "run.samples_every",
-    "optimizer.warmup_steps",
-    "data.seed",
-  )
+  check_values(config)
   _one_of("task.name", config.task.name, TASKS)
   task = TASKS[config.task.name]
   _one_of("task.prompt_style", config.task.prompt_style, task.styles)
   _one_of("task.protocol", config.task.protocol, base.PROTOCOLS)
   weights = config.task.reward_weights.to_dict()
-  base.resolve_weights(task.weights, weights or None)
+  for part in weights:
+    _one_of("part of task.reward_weights", part, task.weights)
   _one_of("eval.split", config.eval.split, base.SPLITS)
-  _one_of("data.size", config.data.size, ("small", "large"))
-  _one_of("run.log", config.run.log, ("quiet", "normal", "debug"))
-  _one_of(
-    "model.compute_dtype",
-    config.model.compute_dtype,
-    ("auto", "float32", "bfloat16"),
-  )
-  _one_of(
-    "model.param_dtype", config.model.param_dtype, ("float32", "bfloat16")
-  )
-  _one_of("model.attention", config.model.attention, ("einsum", "flash"))
   _one_of("objective.name", config.objective.name, objectives.OBJECTIVES)
+  for key, allowed in (
+    ("lambda_unit", objectives.LAMBDA_UNITS),
+    ("centring", objectives.CENTRINGS),
+    ("gap_masks", objectives.GAP_MASKS),
+  ):
+    _one_of(f"objective.{key}", config.objective[key], allowed)
   _one_of("likelihood.scheme", config.likelihood.scheme, likelihood.ESTIMATORS)
+  _one_of("likelihood.scope", config.likelihood.scope, likelihood.SCOPES)
+  _one_of("sampler.algorithm", config.sampler.algorithm, sampler.ALGORITHMS)
+  _one_of("sampler.remasking", config.sampler.remasking, sampler.REMASKING)
   _one_of("train.passes", config.train.passes, train_step.PASSES)
-  if not 0.0 <= config.data.corrupt_share <= 1.0:
-    raise ValueError(
-      f"data.corrupt_share={config.data.corrupt_share} must lie in [0, 1]."
-    )
-  if config.data.source and not os.path.isfile(config.data.source):
-    raise ValueError(
-      f"data.source={config.data.source!r} is not a file; give a JSONL or CSV "
-      "file, or leave it empty."
-    )
+  _one_of("optimizer.schedule", config.optimizer.schedule, train_step.SCHEDULES)
 
   supervised = config.objective.name == "sft"
   if supervised and (task.demonstration is None):
     raise ValueError(
       f"objective.name='sft' needs demonstrations, which task.name="
       f"{task.name!r} does not have."
+    )
+  if config.data.corrupt_share and task.corrupt is None:
+    raise ValueError(
+      f"data.corrupt_share={config.data.corrupt_share} needs answers of mixed "
+      f"quality, which task.name={task.name!r} does not have; use 0."
+    )
+  if supervised and config.rollout.group_size != 1:
+    raise ValueError(
+      f"rollout.group_size={config.rollout.group_size} has no meaning with "
+      "objective.name='sft': a prompt has one demonstration; use 1."
     )
   if not supervised and config.rollout.group_size < 2:
     raise ValueError(
@@ -222,7 +302,7 @@ def build(config, devices: int) -> Settings:
       f"{', '.join(EMBEDDED + name for name in embedded_names())}."
     )
 
-  def sampler_settings(length, block, steps, temperature):
+  def sampler_settings(length, block, steps, temperature, group="sampler"):
     settings = sampler.SamplerSettings(
       completion_length=length,
       block_length=block,
@@ -231,7 +311,14 @@ def build(config, devices: int) -> Settings:
       remasking=config.sampler.remasking,
       algorithm=config.sampler.algorithm,
     )
-    sampler.validate(settings)
+    try:
+      sampler.validate(settings)
+    except ValueError as error:
+      # Evaluation has keys of its own for these.
+      text = str(error)
+      for key in ("completion_length", "block_length", "steps"):
+        text = text.replace(f"sampler.{key}", f"{group}.{key}")
+      raise ValueError(text) from error
     return settings
 
   train_length = config.sampler.completion_length
@@ -265,10 +352,7 @@ def build(config, devices: int) -> Settings:
         f"the batch (mesh.data x mesh.fsdp); use {-(-value // shards) * shards}."
       )
   if total % micro:
-    near = max(
-      (n for n in range(shards, total + 1, shards) if total % n == 0),
-      key=lambda n: -abs(n - micro),
-    )
+    near = shards * _nearest_divisor(total // shards, micro // shards)
     raise ValueError(
       f"train.micro_batch={micro} must divide the {total} sequences of a step "
       f"(rollout.prompts x rollout.group_size); use {near}."
@@ -331,9 +415,9 @@ def build(config, devices: int) -> Settings:
     corrupt_share=config.data.corrupt_share,
     rollout=RolloutSettings(**config.rollout.to_dict()),
     sampler=train_sampler,
-    greedy=sampler_settings(eval_length, block, steps, 0.0),
+    greedy=sampler_settings(eval_length, block, steps, 0.0, "eval"),
     sampled=sampler_settings(
-      eval_length, block, steps, config.eval.temperature
+      eval_length, block, steps, config.eval.temperature, "eval"
     ),
     likelihood=mask_settings,
     objective=objective,
@@ -350,6 +434,14 @@ def build(config, devices: int) -> Settings:
       every=config.eval.every,
     ),
     run=RunSettings(**config.run.to_dict()),
+  )
+
+
+def _nearest_divisor(number: int, wish: int) -> int:
+  """The divisor of a number that is nearest to a wish."""
+  low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+  return min(
+    (d for n in low for d in (n, number // n)), key=lambda d: abs(d - wish)
   )
 
 
@@ -387,6 +479,90 @@ def config_hash(config: dict) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
+def check_workdir(workdir: str, config: dict, mode: str) -> None:
+  """Refuses a folder that is not ours, holds another run, or is read-only.
+
+  Args:
+    workdir: the folder as given.
+    config: the resolved config.
+    mode: "train" or "eval"; an evaluation may have another config than the
+      run in the folder.
+
+  Raises:
+    ValueError: names folder and remedy; nothing was written.
+  """
+  if "://" in workdir:
+    raise ValueError(
+      f"--workdir={workdir} must be a local folder: metrics and samples are "
+      "appended to."
+    )
+  folder = pathlib.Path(workdir)
+  try:
+    before = _run_in(folder)
+    # Whether it can be written is seen by doing so: permission bits say
+    # nothing to root, or of a read-only disk.
+    parent = folder
+    while not parent.exists():
+      parent = parent.parent
+    os.rmdir(tempfile.mkdtemp(prefix=".rspo_jax-", dir=parent))
+  except OSError as error:
+    raise ValueError(
+      f"--workdir={workdir} cannot be used ({error.strerror}); choose a folder "
+      "that can be written."
+    ) from error
+  if before is not None and mode == "train":
+    check_same_run(before, config, workdir)
+
+
+def _run_in(folder: pathlib.Path) -> dict | None:
+  """Config of the run that a folder holds, None where there is none yet."""
+  if not folder.exists():
+    return None
+  if not folder.is_dir():
+    raise ValueError(f"--workdir={folder} is a file; name a folder.")
+  before = read_config(folder)
+  if before is not None:
+    return before
+  # An evaluation leaves eval/ alone; a start that was cut off, a part of
+  # config.json.
+  strangers = [
+    path.name
+    for path in folder.iterdir()
+    if path.name != "eval" and not path.name.startswith((CONFIG, ".rspo_jax-"))
+  ]
+  if strangers:
+    raise ValueError(
+      f"--workdir={folder} holds no run of rspo_jax but {strangers[0]!r}; "
+      "choose a new folder."
+    )
+  return None
+
+
+def read_config(folder: pathlib.Path) -> dict | None:
+  """The config.json of a run's folder, None where there is none.
+
+  Raises:
+    ValueError: it cannot be read, or belongs to something else.
+  """
+  path = folder / CONFIG
+  if not path.exists():
+    return None
+  try:
+    config = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f"{path} cannot be read ({error}); choose a new --workdir."
+    ) from error
+  groups = ("model", "task", "run", "objective")
+  if not isinstance(config, dict) or not all(
+    isinstance(config.get(group), dict) for group in groups
+  ):
+    raise ValueError(
+      f"{path} is not the config of a run of rspo_jax; choose a new --workdir."
+    )
+  return config
+
+
 def check_same_run(old: dict, new: dict, workdir: str) -> None:
   """Refuses to continue a run under a config that means something else.
 
@@ -400,7 +576,9 @@ def check_same_run(old: dict, new: dict, workdir: str) -> None:
     if key not in FREE_KEYS and before.get(key) != after.get(key)
   ]
   if changed:
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     raise ValueError(
-      f"{workdir} holds a run with another config: {', '.join(changed)}. Use "
-      "another --workdir, or the config of that run."
+      f"--workdir={workdir} holds a run with another config: "
+      f"{', '.join(changed[:5])}{more}. Use another --workdir, or the config "
+      "of that run."
     )

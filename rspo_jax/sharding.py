@@ -6,11 +6,13 @@ a 1x1x1 mesh: there is no second code path. A dimension that its mesh axis does
 not divide stays whole, so that tiny models run on any mesh.
 """
 
+import json
 import math
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -123,3 +125,20 @@ def local_rows(x: jax.Array) -> np.ndarray:
   for shard in x.addressable_shards:
     shards.setdefault(shard.index[0].start or 0, shard.data)
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
+
+
+def gather_json(rows: list) -> list:
+  """The JSON-able rows of all processes, in the order of processes."""
+  if jax.process_count() == 1:
+    return rows
+  mine = np.frombuffer(json.dumps(rows).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array([mine.size], np.int32))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[: mine.size] = mine
+  everyone = np.asarray(multihost_utils.process_allgather(padded), np.uint8)
+  everyone = everyone.reshape(jax.process_count(), -1)
+  parts = [
+    json.loads(text[:size].tobytes())
+    for text, size in zip(everyone, sizes.reshape(-1), strict=True)
+  ]
+  return [row for part in parts for row in part]

@@ -9,13 +9,14 @@ puts demonstrations in the place of rollouts; the rest is the same code.
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import os
 import pathlib
 import sys
+import tempfile
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -41,6 +42,10 @@ from rspo_jax.tasks import TASKS
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 SUMMARY = "summary.json"
 FAULTS = (metrics.NonFiniteMetric, metrics.MetricsError, CheckpointError)
+
+
+class Interrupted(Exception):
+  """A signal came during an evaluation, which is given up."""
 
 
 @dataclasses.dataclass
@@ -97,7 +102,10 @@ def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
     )
   else:
     key = jax.random.fold_in(jax.random.key(settings.run.seed), 0x696E6974)
-    model = fresh.new_model(model_settings["new"], key)
+    try:
+      model = fresh.new_model(model_settings["new"], key)
+    except ValueError as error:
+      raise ValueError(f"model.new: {error}") from error
   if model.tokenizer is None:
     raise ValueError(
       f"model.path={model_settings['path']!r} has no tokenizer.json, so its "
@@ -248,11 +256,19 @@ class Stopwatch:
 class Run:
   """One run in its folder: the loop's state and what it writes."""
 
-  def __init__(self, program: Program, workdir: pathlib.Path, writer, config):
+  def __init__(
+    self,
+    program: Program,
+    workdir: pathlib.Path,
+    writer: metrics.MetricsWriter,
+    interrupt: Interrupt,
+    config: dict[str, Any],
+  ):
     self.program = program
     self.settings = program.settings
     self.workdir = workdir
     self.writer = writer
+    self.interrupt = interrupt
     self.config = config
     self.main_process = jax.process_index() == 0
     self.state = None
@@ -260,7 +276,9 @@ class Run:
     self.seconds: dict[str, float] = {}
     self.first_eval: dict[str, float] = {}
     self.last_eval: dict[str, float] = {}
-    self._eval_prompts: evaluate.Prompts | None = None
+    self.eval_prompts = _prompts(
+      program, self.settings.eval.split, self.settings.eval.prompts
+    )
     self._seen: set[str] = set()
 
   def call(self, name: str, fn, *args):
@@ -276,13 +294,15 @@ class Run:
 
   # Evaluation.
 
-  def evaluate(self, step: int) -> dict[str, float]:
-    """Greedy and sampled evaluation; writes their completions."""
+  def evaluate(self, stem: pathlib.Path) -> dict[str, float]:
+    """Greedy and sampled evaluation; completions go to STEM-<kind>.jsonl.
+
+    Raises:
+      Interrupted: a signal came.
+    """
     settings, program = self.settings, self.program
-    if self._eval_prompts is None:
-      self._eval_prompts = _prompts(
-        program, settings.eval.split, settings.eval.prompts
-      )
+    # Before the first step the policy is the model as it was loaded.
+    params = program.params if self.state is None else self.state.params
     results = {}
     for kind, fn in (
       ("greedy", program.greedy_fn),
@@ -290,16 +310,17 @@ class Run:
     ):
       results[kind] = evaluate.run(
         functools.partial(self.call, f"{kind} evaluation", fn),
-        self.state.params,
-        self._eval_prompts,
+        params,
+        self.eval_prompts,
         settings.eval.batch,
         program.mesh,
         settings.run.seed,
         program.judge,
         program.to_text,
+        self.stop_if_asked,
       )
-      self.write_samples(
-        f"eval-{step:06d}-{kind}",
+      self.write_rows(
+        stem.with_name(f"{stem.name}-{kind}.jsonl"),
         (
           {"prompt": self.prompt_text(row["index"])} | row
           for row in results[kind].rows
@@ -319,21 +340,26 @@ class Run:
         }
         for kind, end in (("greedy", ""), ("sampled", "_sampled"))
       ],
-      title=f"{settings.eval.split} at step {step}, n = {values['eval/n']}",
+      title=f"{settings.eval.split} at step {self.step}, "
+      f"n = {values['eval/n']}",
     )
     return values
+
+  def stop_if_asked(self, *_) -> None:
+    """Gives an evaluation up; several processes see theirs through."""
+    if jax.process_count() == 1 and self.interrupt.requested:
+      raise Interrupted
 
   def prompt_text(self, index: int) -> str:
     """Text of an evaluation prompt."""
     return self.program.task.prompt(
-      self._eval_prompts.examples[index], self.settings.task["prompt_style"]
+      self.eval_prompts.examples[index], self.settings.task["prompt_style"]
     )
 
-  def write_samples(self, name: str, rows, folder: str = "samples") -> None:
+  def write_rows(self, path: pathlib.Path, rows) -> None:
     """Completions with verdicts as JSON lines, by the main process."""
     if not self.main_process:
       return
-    path = self.workdir / folder / f"{name}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
       for row in rows:
@@ -398,6 +424,7 @@ class Run:
         skip_equal_groups=settings.skip_equal_groups,
         scope=settings.likelihood.scope,
         shards=settings.step.shards // jax.process_count(),
+        first_row=jax.process_index() * len(texts),
       )
     rewards = judged.rewards.reshape(-1, group)
     values = {
@@ -425,8 +452,9 @@ class Run:
     )
     every = settings.run.samples_every
     if every and (self.step + 1) % every == 0:
-      self.write_samples(
-        f"train-{self.step + 1:06d}", self.sample_rows(prompts, judged)
+      self.write_rows(
+        self.workdir / "samples" / f"train-{self.step + 1:06d}.jsonl",
+        self.sample_rows(prompts, judged),
       )
     if early is not None:
       put = functools.partial(sharding.put_global, program.mesh)
@@ -446,10 +474,7 @@ class Run:
           example, self.settings.task["prompt_style"]
         ),
         "completion": judged.texts[i],
-        "reward": verdict.reward,
-        "correct": verdict.correct,
-        "parts": dict(verdict.parts),
-        "reason": verdict.reason,
+        **rollout.verdict_row(verdict),
       }
 
   def mask_key(self):
@@ -528,17 +553,9 @@ class Run:
     return values
 
   def export(self) -> None:
-    """Writes model/ in the Hugging Face layout, from whole parameters."""
-    whole = sharding.replicated(self.program.mesh)
-    params = jax.jit(
-      lambda params: params,
-      out_shardings=jax.tree.map(lambda _: whole, self.state.params),
-    )(self.state.params)
-    if self.main_process:
-      model = dataclasses.replace(
-        self.program.model, params=jax.device_get(params)
-      )
-      hf_weights.save_model(model, self.workdir / "model")
+    """Writes model/ in the Hugging Face layout."""
+    model = dataclasses.replace(self.program.model, params=self.state.params)
+    hf_weights.save_model(model, self.workdir / "model")
 
 
 def _mean_over_processes(values: dict[str, Any]) -> dict[str, float]:
@@ -554,21 +571,47 @@ def _mean_over_processes(values: dict[str, Any]) -> dict[str, float]:
 
 
 def initialise() -> None:
-  """Joins the other processes, where there are any."""
+  """Joins the other processes, where there are any.
+
+  Raises:
+    ValueError: variables that make no sense, or no device at all.
+  """
   environment = os.environ
   if environment.get("JAX_PLATFORMS", "") == "cpu":
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
   if "JAX_COORDINATOR_ADDRESS" in environment:
+    count = _count_from("JAX_NUM_PROCESSES")
+    index = _count_from("JAX_PROCESS_ID")
+    if not 0 <= index < count:
+      raise ValueError(
+        f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}."
+      )
     jax.distributed.initialize(
-      environment["JAX_COORDINATOR_ADDRESS"],
-      int(environment.get("JAX_NUM_PROCESSES", "1")),
-      int(environment.get("JAX_PROCESS_ID", "0")),
+      environment["JAX_COORDINATOR_ADDRESS"], count, index
     )
   elif (
     "," in environment.get("TPU_WORKER_HOSTNAMES", "")
     or int(environment.get("SLURM_NTASKS", "1")) > 1
   ):
     jax.distributed.initialize()
+  try:
+    jax.devices()
+  except RuntimeError as error:
+    raise ValueError(
+      f"JAX finds no device ({' '.join(str(error).split())}); unset "
+      "JAX_PLATFORMS or set it to what this machine has, such as cpu."
+    ) from error
+
+
+def _count_from(name: str) -> int:
+  """A whole number from the environment."""
+  text = os.environ.get(name, "")
+  if not text.isdecimal():
+    raise ValueError(
+      f"{name}={text!r} must be a whole number: with JAX_COORDINATOR_ADDRESS "
+      "set, each process needs JAX_NUM_PROCESSES and its own JAX_PROCESS_ID."
+    )
+  return int(text)
 
 
 def _cache(setting: str) -> None:
@@ -583,42 +626,22 @@ def _cache(setting: str) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def check_workdir(workdir: pathlib.Path, config: dict, mode: str) -> None:
-  """Refuses a folder that is not ours, holds another run, or is read-only.
-
-  Raises:
-    ValueError: names folder and remedy; nothing was written.
-  """
-  if workdir.exists() and not workdir.is_dir():
-    raise ValueError(f"--workdir={workdir} is a file; name a folder.")
-  parent = workdir
-  while not parent.exists():
-    parent = parent.parent
-  if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-    raise ValueError(
-      f"--workdir={workdir} cannot be written: {parent} is not a writable "
-      "folder; choose another."
-    )
-  old = workdir / "config.json"
-  if not old.exists():
-    if workdir.is_dir() and any(workdir.iterdir()):
-      raise ValueError(
-        f"--workdir={workdir} is not empty and holds no run of rspo_jax; "
-        "choose a new folder."
-      )
-    return
+def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
+  """Writes a JSON file that is there whole or not at all."""
+  descriptor, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
   try:
-    before = json.loads(old.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"{old} cannot be read ({error}); choose a new --workdir."
-    ) from error
-  if mode == "train":
-    settings_lib.check_same_run(before, config, str(workdir))
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+      json.dump(value, file, indent=2, sort_keys=True)
+      file.write("\n")
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+  except BaseException:
+    os.unlink(name)
+    raise
 
 
 def main(config, workdir: str, mode: str) -> int:
-  """Runs a checked command; returns the exit status.
+  """Runs a command; returns the exit status.
 
   Args:
     config: the resolved ConfigDict.
@@ -630,61 +653,90 @@ def main(config, workdir: str, mode: str) -> int:
   try:
     initialise()
     settings = settings_lib.build(config, jax.device_count())
-    check_workdir(folder, resolved, mode)
+    settings_lib.check_workdir(workdir, resolved, mode)
     summary = folder / SUMMARY
     if mode == "train" and summary.exists():
       print(f"This run is finished: {summary}")
       return DONE
     _cache(settings.run.compilation_cache)
-    program = build(settings)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return MISTAKE
-  return _guarded(program, folder, resolved, mode)
-
-
-def _guarded(program, folder, resolved, mode) -> int:
-  """Runs a built program; faults of the run become exit status 3."""
-  settings = program.settings
+  evaluating = mode == "eval"
   writer = metrics.MetricsWriter(
     folder,
     settings.run.steps,
-    settings.run.tensorboard,
+    settings.run.tensorboard and not evaluating,
     settings.run.log == "quiet",
     debug=settings.run.log == "debug",
     active=jax.process_index() == 0,
+    # In eval mode standard output is for the one line of the result.
+    stream=sys.stderr if evaluating else sys.stdout,
   )
-  with (
-    writer,
-    Interrupt(
-      lambda name: writer.warn(
-        f"{name}: saving after this step, then stopping."
-      )
-    ) as interrupt,
-  ):
-    run = Run(program, folder, writer, resolved)
-    try:
+
+  def notify(name: str) -> None:
+    then = "stopping" if evaluating else "saving after this step, then stopping"
+    writer.warn(f"{name}: {then}.")
+
+  with writer, Interrupt(notify) as interrupt:
+    return _guarded(settings, folder, writer, interrupt, resolved, mode)
+
+
+def _guarded(settings, folder, writer, interrupt, resolved, mode) -> int:
+  """Prepares and runs; what goes wrong becomes an exit status."""
+  try:
+    with writer.phase("preparing model and data"):
+      run = Run(build(settings), folder, writer, interrupt, resolved)
       if mode == "eval":
-        return evaluate_only(run)
-      return train(run, interrupt)
-    except FAULTS as error:
-      writer.warn(f"error: {error}")
-      return FAULT
-    except data.DataError as error:
-      writer.warn(f"error: {error}")
-      return MISTAKE
-    except OSError as error:
-      if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
-        raise
-      writer.warn(
-        f"error: {error}. Free space and run the same command to go on from "
-        "the last checkpoint."
-      )
-      return FAULT
+        source = _load_evaluated(run)
+      else:
+        batches = _batches(run)
+        _open_workdir(run)
+  except (ValueError, OSError) as error:
+    # Folders and files of the caller: nothing of the run was written.
+    if settings.run.log == "debug":
+      traceback.print_exc()
+    writer.fail(error)
+    return MISTAKE
+  try:
+    if mode == "eval":
+      return evaluate_only(run, source)
+    return train(run, batches)
+  except data.DataError as error:
+    writer.fail(error)
+    return MISTAKE
+  except FAULTS as error:
+    writer.fail(error)
+    return FAULT
+  except OSError as error:
+    writer.fail(
+      f"{error}. Make room or make the folder writable and run the same "
+      "command to go on from the last checkpoint."
+    )
+    return FAULT
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    writer.fail(
+      f"The device is out of memory ({str(error).splitlines()[0]}). Lower "
+      "train.micro_batch, rollout.prompts or eval.batch."
+    )
+    return FAULT
+
+
+def _open_workdir(run: Run) -> None:
+  """Makes the folder of a run and puts its config there."""
+  if run.main_process:
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    write_json(run.workdir / settings_lib.CONFIG, run.config)
 
 
 def _batches(run: Run):
-  """Training batches, indexable by step: a function of (seed, step)."""
+  """Training batches, indexable by step: a function of (seed, step).
+
+  Raises:
+    DataError: the data, or its first batch, cannot be used.
+  """
   settings, program = run.settings, run.program
   examples = data.load_examples(program.task, "train", settings.data)
   common = dict(
@@ -700,7 +752,7 @@ def _batches(run: Run):
     process_count=jax.process_count(),
   )
   if settings.supervised:
-    return data.demonstration_batches(
+    batches = data.demonstration_batches(
       examples,
       task=program.task,
       completion_length=settings.sampler.completion_length,
@@ -708,68 +760,94 @@ def _batches(run: Run):
       corrupt_share=settings.corrupt_share,
       **common,
     )
-  return data.prompt_batches(examples, **common)
+  else:
+    batches = data.prompt_batches(examples, **common)
+  batches[0]
+  return batches
 
 
-def train(run: Run, interrupt: Interrupt) -> int:
-  """Trains to the last step, from the newest good checkpoint if any."""
+def train(run: Run, batches) -> int:
+  """Trains to the last step, from the newest good checkpoint if any.
+
+  A step's row of metrics is written when its evaluation, where one is due, is
+  done; until then its values wait in `pending`, in a checkpoint too, so that
+  a run that is interrupted in between gets the same row.
+  """
   settings, writer = run.settings, run.writer
-  with writer.phase("preparing data"):
-    batches = _batches(run)
-  if run.main_process:
-    run.workdir.mkdir(parents=True, exist_ok=True)
-    (run.workdir / "config.json").write_text(
-      json.dumps(run.config, indent=2, sort_keys=True) + "\n"
-    )
+  steps, every = settings.run.steps, settings.eval.every
   checkpointer = Checkpointer(
     run.workdir / "checkpoints", keep_last=settings.run.keep_checkpoints
   )
   with checkpointer:
-    restored = checkpointer.restore(run.program.state_template)
-    if restored is None:
-      run.state = _fresh_state(run.program)
-      messages = writer.truncate_to(-1)
-    else:
-      run.state, run.step = restored.state, restored.step
-      run.first_eval = restored.extra["first_eval"]
-      run.seconds = restored.extra["seconds"]
-      messages = restored.messages + writer.truncate_to(run.step)
-      writer.say(f"Going on from step {run.step} of {settings.run.steps}.")
-    for message in messages:
-      writer.warn(message)
-    saved = run.step if restored is not None else -1
+    saved, pending = _restore(run, checkpointer)
 
     def save():
       nonlocal saved
       if saved != run.step:
-        extra = {"first_eval": run.first_eval, "seconds": run.seconds}
-        checkpointer.save(run.step, run.state, extra)
+        checkpointer.save(run.step, run.state, _extra(run, pending))
         saved = run.step
 
-    if run.step == 0 and restored is None:
-      writer.write(0, run.evaluate(0))
-    while run.step < settings.run.steps:
-      if interrupt.agreed(run.step):
+    while True:
+      last = run.step == steps
+      if pending is not None:
+        if run.step in (0, steps) or (every and run.step % every == 0):
+          if run.interrupt.agreed(run.step):
+            break
+          try:
+            stem = run.workdir / "samples" / f"eval-{run.step:06d}"
+            pending |= run.evaluate(stem)
+          except Interrupted:
+            break
+        writer.write(run.step, pending)
+        pending = None
+        if last or (run.step and run.step % settings.run.checkpoint_every == 0):
+          save()
+      if last or run.interrupt.agreed(run.step):
         break
-      values = run.train_one(batches)
-      last = run.step == settings.run.steps
-      every = settings.eval.every
-      if not interrupt.requested and (
-        last or (every and run.step % every == 0)
-      ):
-        values |= run.evaluate(run.step)
-      writer.write(run.step, values)
-      if last or run.step % settings.run.checkpoint_every == 0:
-        save()
-    if run.step < settings.run.steps:
+      pending = run.train_one(batches)
+    if not last or pending is not None:
       save()
       checkpointer.wait()
       writer.say("Saved; the same command goes on from here.")
       return INTERRUPTED
-    if not run.last_eval:
-      run.evaluate(run.step)
   finish(run)
   return DONE
+
+
+def _extra(run: Run, pending: dict | None) -> dict[str, Any]:
+  """What a checkpoint keeps beside the state."""
+  return {
+    "first_eval": run.first_eval,
+    "last_eval": run.last_eval,
+    "seconds": run.seconds,
+    "pending": pending,
+  }
+
+
+def _restore(run: Run, checkpointer: Checkpointer):
+  """Sets the run to its newest good checkpoint, or to the start.
+
+  Returns:
+    (step that is saved, or -1; values of the row that is still to be
+    written, or None).
+  """
+  writer = run.writer
+  restored = checkpointer.restore(run.program.state_template)
+  if restored is None:
+    run.state = _fresh_state(run.program)
+    saved, pending, messages = -1, {}, writer.truncate_to(-1)
+  else:
+    run.state, run.step = restored.state, restored.step
+    run.first_eval = restored.extra["first_eval"]
+    run.last_eval = restored.extra["last_eval"]
+    run.seconds = restored.extra["seconds"]
+    saved, pending = restored.step, restored.extra["pending"]
+    rows = run.step - (pending is not None)
+    messages = restored.messages + writer.truncate_to(rows)
+    writer.say(f"Going on from step {run.step} of {run.settings.run.steps}.")
+  for message in messages:
+    writer.warn(message)
+  return saved, pending
 
 
 def finish(run: Run) -> None:
@@ -786,8 +864,7 @@ def finish(run: Run) -> None:
     "steps": run.step,
   }
   if run.main_process:
-    path = run.workdir / SUMMARY
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    write_json(run.workdir / SUMMARY, summary)
   rows = []
   for name, key in (
     ("greedy accuracy", "eval/accuracy"),
@@ -825,37 +902,46 @@ def finish(run: Run) -> None:
   )
 
 
-def evaluate_only(run: Run) -> int:
-  """Evaluates the run's last checkpoint, or model.path; prints one line."""
-  program, writer, settings = run.program, run.writer, run.settings
-  folder = run.workdir / "checkpoints"
-  state, source = _fresh_state(program), settings.model["path"] or "new model"
-  if folder.is_dir() and _same_model(run):
+def _load_evaluated(run: Run) -> str:
+  """Loads what is to be evaluated: DIR's last checkpoint, or model.path.
+
+  Returns:
+    Its name.
+
+  Raises:
+    ValueError: there is neither, or the checkpoint cannot be used.
+  """
+  folder, path = run.workdir / "checkpoints", run.settings.model["path"]
+  before = settings_lib.read_config(run.workdir)
+  if before is not None and before["model"].get("path") == path:
     with Checkpointer(folder) as checkpointer:
-      restored = checkpointer.restore(program.state_template)
+      try:
+        restored = checkpointer.restore(run.program.state_template)
+      except CheckpointError as error:
+        raise ValueError(str(error)) from error
     if restored is not None:
       for message in restored.messages:
-        writer.warn(message)
-      state, source = restored.state, f"{folder} at step {restored.step}"
-      run.step = restored.step
-  run.state = state
-  values = run.evaluate(run.step)
-  for kind in ("greedy", "sampled"):
-    path = run.workdir / "samples" / f"eval-{run.step:06d}-{kind}.jsonl"
-    target = run.workdir / "eval" / f"{settings.eval.split}-{kind}.jsonl"
-    if run.main_process:
-      target.parent.mkdir(parents=True, exist_ok=True)
-      path.replace(target)
+        run.writer.warn(message)
+      run.state, run.step = restored.state, restored.step
+      return f"{folder} at step {restored.step}"
+  if not path:
+    raise ValueError(
+      f"--workdir={run.workdir} holds no checkpoint and model.path is empty: "
+      "there is nothing to evaluate; give one of them."
+    )
+  return path
+
+
+def evaluate_only(run: Run, source: str) -> int:
+  """Evaluates and prints one line; writes nothing but DIR/eval/."""
+  settings = run.settings
+  name = f"{settings.eval.split}-{settings.greedy.completion_length}"
+  try:
+    values = run.evaluate(run.workdir / "eval" / f"{name}-step{run.step:06d}")
+  except Interrupted:
+    return INTERRUPTED
   if run.main_process:
-    line = {"model": source, "split": settings.eval.split}
+    line = {"model": source, "split": settings.eval.split, "step": run.step}
+    line["completion_length"] = settings.greedy.completion_length
     print(json.dumps(line | values), flush=True)
   return DONE
-
-
-def _same_model(run: Run) -> bool:
-  """Whether DIR's checkpoints come from the model.path that is asked for."""
-  path = run.workdir / "config.json"
-  if not path.exists():
-    return False
-  before = json.loads(path.read_text(encoding="utf-8"))
-  return before["model"]["path"] == run.config["model"]["path"]

@@ -63,6 +63,9 @@ class RolloutBatch:
     completion_mask: bool [N, L], positions that are scored.
     advantage, target: f32 [N].
     keep: f32 [N], 0 for sequences that the step ignores.
+    row: i32 [N], each sequence's place in the rollout; None: they are in the
+      rollout's order. Masks go by it, so that neither the number of shards nor
+      dropped groups change those of a sequence.
   """
 
   tokens: jax.Array
@@ -71,6 +74,7 @@ class RolloutBatch:
   advantage: jax.Array
   target: jax.Array
   keep: jax.Array
+  row: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +202,23 @@ class _Cut:
     return jnp.max(jnp.where(used, jnp.arange(1, self.count + 1), 0))
 
 
+def draw_masks(
+  key: jax.Array,
+  settings: likelihood.LikelihoodSettings,
+  batch: RolloutBatch,
+) -> likelihood.Masks:
+  """The masks of a batch: drawn in the rollout's order, put in the batch's."""
+  scored = batch.completion_mask
+  if batch.row is not None:
+    scored = jnp.zeros_like(scored).at[batch.row].set(scored)
+  masks = likelihood.draw_masks(
+    key, settings, scored, batch.tokens.shape[1] - scored.shape[1]
+  )
+  if batch.row is not None:
+    masks = jax.tree.map(lambda x: x[batch.row], masks)
+  return masks
+
+
 def resolve_passes(
   settings: StepSettings, objective: objectives.ObjectiveSettings, total: int
 ) -> str:
@@ -233,12 +254,8 @@ def make_estimate(
   """estimate(params, batch, key) -> f32 [N, K]; 0 for skipped sequences."""
 
   def estimate(params, batch: RolloutBatch, key):
-    total, length = batch.completion_mask.shape
-    prompt_length = batch.tokens.shape[1] - length
-    cut = _Cut(total, settings)
-    masks = likelihood.draw_masks(
-      key, mask_settings, batch.completion_mask, prompt_length
-    )
+    cut = _Cut(batch.completion_mask.shape[0], settings)
+    masks = draw_masks(key, mask_settings, batch)
     pieces = cut.split((batch, masks))
 
     def body(index, scores):
@@ -284,13 +301,10 @@ def make_update(
     )
 
   def update(state: TrainState, batch: RolloutBatch, key, reference, policy):
-    total, length = batch.completion_mask.shape
-    prompt_length = batch.tokens.shape[1] - length
+    total = batch.completion_mask.shape[0]
     cut = _Cut(total, settings)
     passes = resolve_passes(settings, objective, total)
-    masks = likelihood.draw_masks(
-      key, mask_settings, batch.completion_mask, prompt_length
-    )
+    masks = draw_masks(key, mask_settings, batch)
     kept = jnp.maximum(batch.keep.sum(), 1.0)
 
     def scores_of(params, piece, mask):
