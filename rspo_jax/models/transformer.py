@@ -20,6 +20,7 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from rspo_jax.models.families import ModelConfig
 
@@ -91,6 +92,73 @@ def attend(q, k, v, key_bias, kind: str = "einsum"):
   return out.transpose(0, 3, 1, 2, 4).reshape(n, queries, heads, dim)
 
 
+@struct.dataclass
+class Cache:
+  """Keys and values of one full forward, frozen while a block is filled.
+
+  Keys are stored after the rotation: it depends on the position alone, and
+  positions do not move, so rotating before or after storing is the same.
+
+  Attributes:
+    key, value: [N, n * M, Sc, Dh], stacked over layers; the layout that the
+      batched matmuls read, so that a step copies nothing.
+    kind: "prefix" (only positions before the block are read) or "dual" (all
+      but the block's).
+  """
+
+  key: jax.Array
+  value: jax.Array
+  kind: str = struct.field(pytree_node=False)
+
+
+def _by_kv_head(x):
+  """[n, S, M, Dh] -> [n * M, S, Dh]."""
+  n, length, heads, dim = x.shape
+  return x.transpose(0, 2, 1, 3).reshape(n * heads, length, dim)
+
+
+def attend_cached(q, k, v, key_bias, cached, cached_bias):
+  """Attention of a window over cached positions and over itself.
+
+  Args:
+    q: [n, W, H, Dh].
+    k, v: [n, W, M, Dh] of the window.
+    key_bias: f32 [n, W].
+    cached: (keys, values), each [n * M, Sc, Dh].
+    cached_bias: f32 [n, Sc], lowest where a position is not to be read.
+
+  Returns:
+    [n, W, H, Dh] in q's dtype. The cache is read where it lies: only the
+    scores of the two parts are concatenated.
+  """
+  n, window, heads, dim = q.shape
+  kv_heads = k.shape[2]
+  repeat = heads // kv_heads
+  q = q.reshape(n, window, kv_heads, repeat, dim).transpose(0, 2, 3, 1, 4)
+  q = q.reshape(n * kv_heads, repeat * window, dim)
+  values = (cached[1], _by_kv_head(v))
+  contract_last = (((2,), (2,)), ((0,), (0,)))
+  scores = [
+    jax.lax.dot_general(
+      q, keys, contract_last, preferred_element_type=jnp.float32
+    )
+    for keys in (cached[0], _by_kv_head(k))
+  ]
+  bias = jnp.concatenate([cached_bias, key_bias], axis=1)
+  bias = jnp.repeat(bias, kv_heads, axis=0)[:, None, :]
+  scores = jnp.concatenate(scores, axis=-1) * (dim**-0.5) + bias
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  split = cached[0].shape[1]
+  out = sum(
+    jax.lax.dot_general(part, value, (((2,), (1,)), ((0,), (0,))))
+    for part, value in zip(
+      (weights[..., :split], weights[..., split:]), values, strict=True
+    )
+  )
+  out = out.reshape(n, kv_heads, repeat, window, dim)
+  return out.transpose(0, 3, 1, 2, 4).reshape(n, window, heads, dim)
+
+
 class RMSNorm(nn.Module):
   """x / rms(x) in float32, cast back, then times the learned scale."""
 
@@ -134,12 +202,17 @@ def _dense(config: ModelConfig, name: str, features: int, axes, bias: bool):
 
 
 class Block(nn.Module):
-  """One layer; the carry of the scan over layers is x [n, S, D]."""
+  """One layer; the carry of the scan over layers is x [n, S, D].
+
+  With `keep` the layer also returns its keys and values as `Cache` has them;
+  with `cached` x is a window that attends to the cache as well.
+  """
 
   config: ModelConfig
+  keep: bool = False
 
   @nn.compact
-  def __call__(self, x, rope, key_bias):
+  def __call__(self, x, rope, key_bias, cached=None, cached_bias=None):
     config = self.config
     n, length, _ = x.shape
     dim = config.head_dim
@@ -157,7 +230,10 @@ class Block(nn.Module):
     q = apply_rope(q.reshape(n, length, config.heads, dim), *rope)
     k = apply_rope(k.reshape(n, length, config.kv_heads, dim), *rope)
     v = v.reshape(n, length, config.kv_heads, dim)
-    attended = attend(q, k, v, key_bias, config.attention)
+    if cached is None:
+      attended = attend(q, k, v, key_bias, config.attention)
+    else:
+      attended = attend_cached(q, k, v, key_bias, cached, cached_bias)
     attended = attended.reshape(n, length, config.width)
     x = x + _dense(
       config, "out", config.width, ("heads", "embed"), config.linear_bias
@@ -173,13 +249,14 @@ class Block(nn.Module):
       config, "down", config.width, ("mlp", "embed"), config.linear_bias
     )(nn.silu(gate) * up)
     x = nn.with_logical_constraint(x, ("batch", None, None))
-    return x, None
+    return x, (_by_kv_head(k), _by_kv_head(v)) if self.keep else None
 
 
 class Transformer(nn.Module):
   """Embedding, the scanned layers, the final norm; the head is separate."""
 
   config: ModelConfig
+  keep: bool = False
 
   def setup(self):
     config = self.config
@@ -198,10 +275,10 @@ class Transformer(nn.Module):
       block,
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast),
+      in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
       length=config.layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
-    )(config)
+    )(config, self.keep)
     self.final_norm = RMSNorm(config)
     if not config.tie_embeddings:
       self.head = _dense(
@@ -212,19 +289,51 @@ class Transformer(nn.Module):
         config.linear_bias,
       )
 
-  def hidden(self, tokens, token_mask):
-    """Final hidden rows [n, S, D] of tokens i32 [n, S]."""
+  def _embedded(self, tokens):
+    """Embeddings [n, S, D] of tokens i32 [n, S]."""
     config = self.config
     x = self.embed(tokens)
     if config.scale_embedding:
       x = x * jnp.asarray(config.width**0.5, x.dtype)
-    x = nn.with_logical_constraint(x, ("batch", None, None))
+    return nn.with_logical_constraint(x, ("batch", None, None))
+
+  def hidden_and_kv(self, tokens, token_mask):
+    """Hidden rows [n, S, D] and, with `keep`, all keys and values."""
+    config = self.config
+    x = self._embedded(tokens)
     key_bias = None
     if token_mask is not None:
       key_bias = jnp.where(token_mask, 0.0, LOWEST)
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     rope = rope_tables(positions, config.head_dim, config.rope_theta)
-    x, _ = self.layers(x, rope, key_bias)
+    x, kv = self.layers(x, rope, key_bias, None, None)
+    return self.final_norm(x), kv
+
+  def hidden(self, tokens, token_mask):
+    """Final hidden rows [n, S, D] of tokens i32 [n, S]."""
+    return self.hidden_and_kv(tokens, token_mask)[0]
+
+  def window(self, tokens, token_mask, cache, first):
+    """Hidden rows [n, W, D] of a window that starts at position first.
+
+    Args:
+      tokens: i32 [n, W], those of the window.
+      token_mask: bool [n, S], of the whole canvas.
+      cache: `Cache`.
+      first: i32 [], may be traced.
+    """
+    config = self.config
+    width, depth = tokens.shape[1], cache.key.shape[2]
+    x = self._embedded(tokens)
+    positions = first + jnp.arange(width, dtype=jnp.int32)
+    rope = rope_tables(positions, config.head_dim, config.rope_theta)
+    own = jax.lax.dynamic_slice_in_dim(token_mask, first, width, 1)
+    stored = jnp.arange(depth)
+    outside = (stored < first) | (stored >= first + width)
+    cached_bias = jnp.where(token_mask[:, :depth] & outside, 0.0, LOWEST)
+    key_bias = jnp.where(own, 0.0, LOWEST)
+    kv = (cache.key, cache.value)
+    x, _ = self.layers(x, rope, key_bias, kv, cached_bias)
     return self.final_norm(x)
 
   def project(self, h):
@@ -318,16 +427,55 @@ def make_denoise_fn(config: ModelConfig) -> Callable:
   Returns:
     denoise_fn(params, tokens i32 [n, S], token_mask bool [n, S], cache,
     start, length) -> (logits f32 [n, length, V], cache): the logits that
-    predict the tokens at positions start .. start + length. start may be
-    traced, length is static; cache None is a plain full forward.
+    predict the tokens at positions start .. start + length. length is static,
+    start may be traced unless the cache is a prefix. cache is
+
+    - None: a plain full forward;
+    - "prefix" or "dual": a full forward that returns a `Cache` of that kind;
+    - a `Cache`: only positions start .. start + length (dual) or start .. S
+      (prefix) are recomputed, the others are read as they were stored.
+
+  With shifted logits the row before start predicts the first token, so that a
+  cached window begins there.
   """
 
-  def denoise_fn(params, tokens, token_mask, cache, start, length):
-    h = hidden(config, params, tokens, token_mask)
+  def first_row(start):
+    if not config.logit_shift:
+      return start
+    larger = max if isinstance(start, int) else jnp.maximum
+    return larger(start - 1, 0)
+
+  def full(params, tokens, token_mask, kind, start, length):
+    h, kv = Transformer(config, kind is not None).apply(
+      {"params": params}, tokens, token_mask, method="hidden_and_kv"
+    )
     rows = start + jnp.arange(length)
     if config.logit_shift:
       rows = jnp.maximum(rows - 1, 0)
-    h = jnp.take(h, rows, axis=1)
+    logits = project(config, params, jnp.take(h, rows, axis=1))
+    if kind is None:
+      return logits, None
+    return logits, Cache(*kv, kind=kind)
+
+  def window(params, tokens, token_mask, cache, start, length):
+    first = first_row(start)
+    stored = cache
+    if cache.kind == "prefix":
+      first = int(first)
+      width = tokens.shape[1] - first
+      stored = jax.tree.map(lambda x: x[:, :, :first], cache)
+    else:
+      width = length + config.logit_shift
+    inputs = jax.lax.dynamic_slice_in_dim(tokens, first, width, 1)
+    h = Transformer(config).apply(
+      {"params": params}, inputs, token_mask, stored, first, method="window"
+    )
+    rows = start - first + jnp.arange(length) - config.logit_shift
+    h = jnp.take(h, jnp.maximum(rows, 0), axis=1)
     return project(config, params, h), cache
+
+  def denoise_fn(params, tokens, token_mask, cache, start, length):
+    forward = full if cache is None or isinstance(cache, str) else window
+    return forward(params, tokens, token_mask, cache, start, length)
 
   return denoise_fn
