@@ -40,6 +40,8 @@ from rspo_jax import settings as settings_lib
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 LAUNCHERS = ("local", "slurm", "xpk")
 MANIFEST = "sweep.json"
+# What Python runs for a job; its arguments are those of rspo_jax.main.
+TRAINER = ("-m", "rspo_jax.main")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 _POLL_S = 0.1
@@ -90,7 +92,7 @@ class Job:
   @property
   def command(self) -> list[str]:
     """The command line, to be run from the repository's root."""
-    return [sys.executable, "-m", "rspo_jax.main", *self.arguments]
+    return [sys.executable, *TRAINER, *self.arguments]
 
   @property
   def finished(self) -> bool:
@@ -378,7 +380,13 @@ class Manifest:
           f"{self.path} cannot be read ({error}); remove it: finished and "
           "begun runs are known by their folders."
         ) from error
-      if before != config or not isinstance(runs, dict):
+      # Where the file lies may differ, relative or not: the folders of the
+      # runs tell whether they are the same.
+      given, held = (
+        (pathlib.Path(path).name, arg)
+        for path, arg in map(_split, (config, str(before)))
+      )
+      if given != held or not isinstance(runs, dict):
         raise ValueError(
           f"--out={out} holds the sweep of --config={before}, not of "
           f"{config}; choose another --out."
