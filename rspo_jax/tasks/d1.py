@@ -352,3 +352,121 @@ def sudoku(example: base.Example, completion: str) -> base.Verdict:
   reward = _share(digits, puzzle, gold)
   parts = {"accuracy": accuracy, "sudoku": reward}
   return base.Verdict(reward, accuracy == 1.0, parts, f"read {found[:20]!a}")
+
+
+_FIRST_NUMBER = re.compile(r"-?\d+\.?\d*")
+_BOX = "\\boxed{"
+_STOP = re.compile(r"[}\n]")
+
+
+def _boxes(text: str):
+  """Yields what boxes hold up to their first brace, on one line."""
+  start, stop = text.find(_BOX), None
+  while start >= 0:
+    inside = start + len(_BOX)
+    if stop is None or stop.start() < inside:
+      stop = _STOP.search(text, inside)
+      if stop is None:
+        return
+    following = start + 1
+    if stop.group() == "}":
+      yield text[inside : stop.start()]
+      following = stop.end()
+    start = text.find(_BOX, following)
+
+
+def _float(text: str, which: int) -> float | None:
+  """Reads a float, or else the first (0) or last (-1) number in the text."""
+  try:
+    return float(text)
+  except ValueError:
+    numbers = _FIRST_NUMBER.findall(text)
+    return float(numbers[which]) if numbers else None
+
+
+def gsm8k_answer(text: str) -> float | None:
+  """Finds the answer as the evaluation script does: boxes, then the tag."""
+  for content in _boxes(text):
+    content = content.strip()
+    if content.strip("."):
+      value = _float(content, 0)
+      if value is not None:
+        return value
+  inside = first_tag(text)
+  return _float(inside.strip(), -1) if inside and inside.strip() else None
+
+
+# In the format rewards a dot matches no line break, so that reasoning of several
+# lines never earns them.
+_STRICT_FORMAT = re.compile(
+  r"<reasoning>\n[^\n]*\n</reasoning>\n<answer>\n[^\n]*\n</answer>\n\n?\Z"
+)
+_REASONED = re.compile(r"</reasoning>\s*<answer>")
+
+
+def _soft_format(text: str) -> bool:
+  """Whether the text begins with both blocks in order, each on one line."""
+  opening = "<reasoning>"
+  if not text.startswith(opening):
+    return False
+  line_end = text.find("\n")
+  line_end = len(text) if line_end < 0 else line_end
+  # Both are looked up again only once passed, which keeps the loop linear.
+  closing = newline = -1
+  for between in _REASONED.finditer(text, len(opening)):
+    if between.start() > line_end:
+      return False
+    start = between.end()
+    if closing < start:
+      closing = text.find(_CLOSING, start)
+      if closing < 0:
+        return False
+    if newline < start:
+      newline = text.find("\n", start)
+      newline = len(text) if newline < 0 else newline
+    if closing < newline:
+      return True
+  return False
+
+
+def _tag_count(text: str) -> float:
+  """An eighth for each tag on its own line, less what follows the answer."""
+  count = 0.0
+  if text.count("<reasoning>\n") == 1:
+    count += 0.125
+  if text.count("\n</reasoning>\n") == 1:
+    count += 0.125
+  if text.count("\n<answer>\n") == 1:
+    count += 0.125
+    count -= len(text.rpartition("\n</answer>\n")[2]) * 0.001
+  if text.count("\n</answer>") == 1:
+    count += 0.125
+    count -= (len(text.rpartition("\n</answer>")[2]) - 1) * 0.001
+  return count
+
+
+def gsm8k(example: base.Example, completion: str) -> base.Verdict:
+  """Judges a GSM8K completion.
+
+  Returns:
+    Verdict whose `correct` is the evaluation script's (never for a gold answer
+    of None, as that script leaves negative ones) and whose `reward` is the sum
+    of the five training rewards, which are its parts: `xmlcount`,
+    `soft_format`, `strict_format`, `int`, `correctness`.
+  """
+  text = completion[: answers.MAX_CHARACTERS]
+  value = gsm8k_answer(text)
+  gold = example.get("ground_truth")
+  answer = example.get("answer_string")
+  if answer is None and gold is not None:
+    answer = f"{gold:g}" if gold != int(gold) else str(int(gold))
+  tagged = text.rpartition(_OPENING)[2].partition(_CLOSING)[0].strip()
+  parts = {
+    "xmlcount": _tag_count(text),
+    "soft_format": 0.5 * _soft_format(text),
+    "strict_format": 0.5 * bool(_STRICT_FORMAT.match(text)),
+    "int": 0.5 * tagged.isdigit(),
+    "correctness": 2.0 * (tagged == answer),
+  }
+  correct = value is not None and value == gold
+  return base.Verdict(sum(parts.values()), correct, parts, f"read {value}")
