@@ -166,11 +166,15 @@ def check_values(config) -> None:
       raise ValueError(f"{key}={values[key]} must be greater than 0.")
   for key, allowed in _CHOICES.items():
     _one_of(key, values[key], allowed)
-  if config.data.source and not os.path.isfile(config.data.source):
-    raise ValueError(
-      f"data.source={config.data.source!r} is not a file; give a JSONL or CSV "
-      "file, or leave it empty."
-    )
+  if config.data.source:
+    # One file a split: which splits a run reads is seen when it loads them.
+    path = config.data.source.replace("{split}", config.eval.split)
+    if not os.path.isfile(os.path.expanduser(path)):
+      raise ValueError(
+        f"data.source={config.data.source!r}: {path!r} is not a file; give a "
+        "JSONL or CSV file (with {split} in its path for one file a split), "
+        "or leave it empty."
+      )
   if config.model.path:
     resolve_model_path(config.model.path)
   else:
