@@ -205,9 +205,12 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
   Args:
     path: folder (local or `gs://`), or a hub id `owner/name` when
       `huggingface_hub` is installed.
-    dtype: of the parameters: "float32", "bfloat16" or "float16".
-    shardings: tree of `jax.sharding.Sharding` like the parameters; None puts
-      everything on the default device.
+    dtype: of the parameters: "float32", "bfloat16" or "float16". With
+      "bfloat16" the model also computes in it, otherwise in float32;
+      `config.compute_dtype` can be replaced afterwards.
+    shardings: tree of `jax.sharding.Sharding` like the parameters, or a
+      function from the ModelConfig to such a tree; None puts everything on
+      the default device.
 
   Returns:
     The model, with the tokenizer if the folder has one.
@@ -231,6 +234,10 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
   config = families.from_hf(source_config, ids)
   wanted = leaves(config)
   stored = check_tensors(wanted, read_headers(folder), str(folder))
+  if dtype == DTYPE_BY_CODE["BF16"]:
+    config = dataclasses.replace(config, compute_dtype="bfloat16")
+  if callable(shardings):
+    shardings = shardings(config)
   params = {}
   with contextlib.ExitStack() as stack:
     reader = _Reader(folder, stack)
