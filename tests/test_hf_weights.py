@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from rspo_jax.models import families, hf_weights, transformer
+from rspo_jax.tokenizer import build_word_tokenizer
 
 MODELS = ("llada_tiny_A", "llada_tiny_gqa", "llada_tiny_bf16", "dream_tiny")
 
@@ -438,6 +439,55 @@ def test_the_host_holds_one_parameter_at_a_time(tmp_path):
   del model
   assert total > 4 * largest
   assert peak < 1.15 * largest + 2**20
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """gs:// paths that lead to objects in memory, as epath's backend sees them."""
+  memory = pytest.importorskip("fsspec.implementations.memory")
+  backend = pytest.importorskip("etils.epath.backend")
+
+  class Bucket(memory.MemoryFileSystem):
+    store = {}  # noqa: RUF012
+    pseudo_dirs = [""]  # noqa: RUF012
+    cachable = False
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return super()._strip_protocol(str(path).removeprefix("gs:/"))
+
+  monkeypatch.setattr(
+    backend._FileSystemSpecBackend, "_get_filesystem", lambda *_: Bucket()
+  )
+  return Bucket()
+
+
+def test_a_bucket_serves_as_a_folder(tmp_path, bucket):
+  config = LLADA | {"mask_token_id": 2, "eos_token_id": 3, "pad_token_id": 3}
+  folder = write_folder(tmp_path / "in", config, tensors_of(config), shards=2)
+  build_word_tokenizer(["a", "b"], ".").save(folder)
+  model = hf_weights.load_model(folder)
+  hf_weights.save_model(model, "gs://bucket/out/model")
+  assert any(name.endswith("model.safetensors") for name in bucket.store)
+  again = hf_weights.load_model("gs://bucket/out/model")
+  equal = jax.tree.map(lambda a, b: (a == b).all(), model.params, again.params)
+  assert jax.tree.all(equal)
+  assert again.tokenizer.encode("ab") == [0, 1]
+  with pytest.raises(hf_weights.CheckpointError, match="does not exist"):
+    hf_weights.load_model("gs://bucket/out/other")
+
+
+def test_a_bucket_without_its_library_says_what_to_install(monkeypatch):
+  backend = pytest.importorskip("etils.epath.backend")
+
+  def missing(*_):
+    raise ImportError("Please install gcsfs")
+
+  monkeypatch.setattr(
+    backend._FileSystemSpecBackend, "_get_filesystem", missing
+  )
+  with pytest.raises(hf_weights.CheckpointError, match=r"gcsfs.*\[gcs\]"):
+    hf_weights.load_model("gs://bucket/model")
 
 
 # --- Bad checkpoints ---------------------------------------------------------

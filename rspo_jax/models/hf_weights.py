@@ -433,8 +433,14 @@ def _resolve_folder(path):
   from etils import epath
 
   folder = epath.Path(path).expanduser()
-  if folder.is_dir():
-    return folder
+  try:
+    if folder.is_dir():
+      return folder
+  except ImportError as error:
+    raise CheckpointError(
+      f"{path} lies in a bucket, and what reads it is not installed "
+      f"({error}); install the extra [gcs], or copy the folder here."
+    ) from error
   if folder.exists():
     raise CheckpointError(
       f"{path} is a file; give the folder that holds config.json and the "
