@@ -221,7 +221,7 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
     CheckpointError: there is no checkpoint at this path.
   """
   dtype = _storage_dtype(dtype)
-  folder = _resolve_folder(path)
+  folder = resolve_folder(path)
   source_config = read_config(folder)
   tokenizer = Tokenizer.load(folder, source_config)
   ids = {}
@@ -291,16 +291,16 @@ def save_model(model: Model, path) -> None:
   if not writes:
     return
   if len(shards) > 1:
-    _write_file(folder / INDEX, _json_bytes(_index(shards, by_path)))
+    write_file(folder / INDEX, json_bytes(_index(shards, by_path)))
   keep = {*shards, INDEX} if len(shards) > 1 else set(shards)
   for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
     if old.name not in keep and old.exists():
       old.unlink()
   for name, content in model.source_files.items():
-    _write_file(folder / name, content)
+    write_file(folder / name, content)
   if model.tokenizer is not None:
     model.tokenizer.save(folder)
-  _write_file(folder / "config.json", _json_bytes(source_config))
+  write_file(folder / "config.json", json_bytes(source_config))
 
 
 def read_config(folder) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def read_config(folder) -> dict[str, Any]:
       f"{folder} has no config.json, so it is not a checkpoint in the Hugging "
       f"Face layout; it holds {names[:8] or 'nothing'}.{hint}"
     )
-  return _parse_json(file.read_bytes(), str(file))
+  return parse_json(file.read_bytes(), str(file))
 
 
 def read_headers(folder) -> dict[str, Stored]:
@@ -353,7 +353,7 @@ def read_headers(folder) -> dict[str, Stored]:
     )
   stored = {}
   for file in present:
-    for name, tensor in _read_header(folder / file).items():
+    for name, tensor in read_header(folder / file).items():
       if name in stored:
         raise DuplicateTensor(
           f"{folder}: {name} is stored in {stored[name].file} and again in "
@@ -428,7 +428,7 @@ def _storage_dtype(dtype) -> np.dtype:
   return result
 
 
-def _resolve_folder(path):
+def resolve_folder(path):
   """The folder of a path or hub id, downloaded where it must be."""
   from etils import epath
 
@@ -492,7 +492,7 @@ def _companions(folder) -> dict[str, bytes]:
   return files
 
 
-def _parse_json(content: bytes, where: str) -> dict[str, Any]:
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
   """Parses a JSON object; a key given twice is an error."""
 
   def unique(pairs):
@@ -516,7 +516,7 @@ def _parse_json(content: bytes, where: str) -> dict[str, Any]:
 
 def _read_index(file) -> dict[str, str]:
   """File by tensor name, of a safetensors index."""
-  weight_map = _parse_json(file.read_bytes(), str(file)).get("weight_map")
+  weight_map = parse_json(file.read_bytes(), str(file)).get("weight_map")
   if not isinstance(weight_map, dict) or not weight_map:
     raise CorruptFile(
       f"{file} is damaged: it has no weight_map; download it again."
@@ -531,7 +531,7 @@ def _read_index(file) -> dict[str, str]:
   return weight_map
 
 
-def _read_header(file) -> dict[str, Stored]:
+def read_header(file) -> dict[str, Stored]:
   """Reads and checks the header of one safetensors file."""
   size = file.stat().length
   with file.open("rb") as stream:
@@ -541,7 +541,7 @@ def _read_header(file) -> dict[str, Stored]:
         f"{file} is truncated or no safetensors file: it has {size} bytes, "
         f"its header alone should have {length}; download it again."
       )
-    header = _parse_json(stream.read(length), str(file))
+    header = parse_json(stream.read(length), str(file))
   start = 8 + length
   stored, spans = {}, []
   for name, entry in header.items():
@@ -586,6 +586,23 @@ def _read_header(file) -> dict[str, Stored]:
       f"{start + place}; download it again."
     )
   return stored
+
+
+def read_tensors(file, dtype=None) -> dict[str, np.ndarray]:
+  """Reads a whole safetensors file of moderate size.
+
+  Args:
+    file: `epath.Path`.
+    dtype: cast to this; None keeps what is stored.
+  """
+  stored = read_header(file)
+  tensors = {}
+  with contextlib.ExitStack() as stack:
+    reader = _Reader(file.parent, stack)
+    for name, tensor in stored.items():
+      tensors[name] = np.empty(tensor.shape, dtype or tensor.dtype)
+      _read_tensor(reader, tensor, tensors[name])
+  return tensors
 
 
 class _Reader:
@@ -768,12 +785,12 @@ def _write_shard(file, shard, by_path, writes: bool) -> None:
   encoded += b" " * (-len(encoded) % 8)
   with contextlib.ExitStack() as stack:
     if writes:
-      stream = stack.enter_context(_complete_or_nothing(file))
+      stream = stack.enter_context(complete_or_nothing(file))
       stream.write(len(encoded).to_bytes(8, "little") + encoded)
     held = None
     for leaf, layer in shard:
       if held != leaf.path:
-        host = _to_host(by_path[leaf.path])
+        host = to_host(by_path[leaf.path])
         held = leaf.path
       if not writes:
         continue
@@ -782,7 +799,7 @@ def _write_shard(file, shard, by_path, writes: bool) -> None:
       stream.write(tensor.view(np.uint8).data)
 
 
-def _to_host(array) -> np.ndarray:
+def to_host(array) -> np.ndarray:
   """A parameter as numpy, gathered from other processes where needed."""
   if isinstance(array, jax.Array) and not array.is_fully_addressable:
     from jax.experimental import multihost_utils
@@ -792,7 +809,7 @@ def _to_host(array) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def _complete_or_nothing(file):
+def complete_or_nothing(file):
   """A stream whose file appears under its name only when it is complete."""
   if "://" in os.fspath(file):  # objects appear when closed
     with file.open("wb") as stream:
@@ -807,12 +824,12 @@ def _complete_or_nothing(file):
     partial.unlink(missing_ok=True)
 
 
-def _write_file(file, content: bytes) -> None:
+def write_file(file, content: bytes) -> None:
   """Writes a small file, complete or not at all."""
-  with _complete_or_nothing(file) as stream:
+  with complete_or_nothing(file) as stream:
     stream.write(content)
 
 
-def _json_bytes(value) -> bytes:
+def json_bytes(value) -> bytes:
   """JSON as the hub writes it."""
   return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
