@@ -15,6 +15,8 @@ is kept on purpose:
   answers are padded with zeros or cut to 16 characters. The verdict reads the
   first tag and removes white space only, the reward reads the last tag and
   keeps digits only.
+- MATH: answers are compared as strings in a normal form, so that unreduced
+  fractions and units miss; without any box the whole completion is the answer.
 
 Rewards are computed on the text as given. That code strips special tokens when
 it decodes, so callers who hold raw text strip them first.
@@ -220,7 +222,7 @@ def countdown(example: base.Example, completion: str) -> base.Verdict:
     training reward: 1, 0.1 or 0. Parts: `correct`, `countdown` (the reward).
   """
   numbers, target = example["ground_truth"]
-  text = completion[: answers.MAX_CHARACTERS]
+  text = answers.cut(completion)
 
   equation = last_box(text)
   if equation is None:
@@ -344,7 +346,7 @@ def sudoku(example: base.Example, completion: str) -> base.Verdict:
     (the script's share of empty cells), `sudoku` (the reward).
   """
   puzzle, gold = example["puzzle"], example["ground_truth"]
-  text = completion[: answers.MAX_CHARACTERS]
+  text = answers.cut(completion)
   found = sudoku_answer(text)
   accuracy = _share(found, puzzle, gold)
   tagged = last_tag(text)
@@ -454,7 +456,7 @@ def gsm8k(example: base.Example, completion: str) -> base.Verdict:
     of the five training rewards, which are its parts: `xmlcount`,
     `soft_format`, `strict_format`, `int`, `correctness`.
   """
-  text = completion[: answers.MAX_CHARACTERS]
+  text = answers.cut(completion)
   value = gsm8k_answer(text)
   gold = example.get("ground_truth")
   answer = example.get("answer_string")
@@ -470,3 +472,94 @@ def gsm8k(example: base.Example, completion: str) -> base.Verdict:
   }
   correct = value is not None and value == gold
   return base.Verdict(sum(parts.values()), correct, parts, f"read {value}")
+
+
+def _spell_out(text: str, command: str, arguments: int) -> str:
+  r"""Puts braces around bare one-character arguments: \frac12, \sqrt3.
+
+  Raises:
+    IndexError: the command ends the text.
+  """
+  head, *rest = text.split(command)
+  parts = [head]
+  for piece in rest:
+    parts.append(command)
+    if piece[0] == "{":
+      parts.append(piece)
+    elif arguments == 1:
+      parts.append(f"{{{piece[0]}}}{piece[1:]}")
+    elif len(piece) < 2:
+      return text
+    elif piece[1] == "{":
+      parts.append(f"{{{piece[0]}}}{piece[1:]}")
+    else:
+      parts.append(f"{{{piece[0]}}}{{{piece[1]}}}{piece[2:]}")
+  return "".join(parts)
+
+
+_DROPPED = ("\\left", "\\right", "^{\\circ}", "^\\circ", "\\$")
+_PLAIN_RATIO = re.compile(r"(0|-?[1-9][0-9]{0,40})/(0|-?[1-9][0-9]{0,40})")
+
+
+def normal_form(text: str) -> str:
+  r"""Writes LaTeX answers that look alike in one way, by string alone.
+
+  Raises:
+    IndexError: \sqrt or \frac with nothing behind it.
+    ValueError: more than one unit.
+  """
+  text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
+  text = text.replace("tfrac", "frac").replace("dfrac", "frac")
+  for dropped in _DROPPED:
+    text = text.replace(dropped, "")
+  value, *units = text.split("\\text{ ")
+  if len(units) > 1:
+    raise ValueError("more than one unit")
+  text = value.replace("\\%", "")
+  text = text.replace(" .", " 0.").replace("{.", "{0.")
+  if not text:
+    return text
+  if text[0] == ".":
+    text = "0" + text
+  sides = text.split("=")
+  if len(sides) == 2 and len(sides[0]) <= 2:
+    text = sides[1]
+  text = _spell_out(text, "\\sqrt", 1).replace(" ", "")
+  text = _spell_out(text, "\\frac", 2)
+  if text == "0.5":
+    return "\\frac{1}{2}"
+  ratio = _PLAIN_RATIO.fullmatch(text)
+  return "\\frac{{{}}}{{{}}}".format(*ratio.groups()) if ratio else text
+
+
+def same_form(answer: str, gold: str) -> bool:
+  """Whether two answers have one normal form; else whether they are equal."""
+  try:
+    return normal_form(answer) == normal_form(gold)
+  except (IndexError, ValueError):
+    return answer == gold
+
+
+def math500(example: base.Example, completion: str) -> base.Verdict:
+  """Judges a MATH completion by its string.
+
+  Returns:
+    Verdict whose `correct` is the evaluation script's and whose `reward` is the
+    sum of the two training rewards, which are its parts: `correctness_math`,
+    `boxed_and_answer_tags`.
+  """
+  text = answers.cut(completion)
+  gold = example["ground_truth"]
+  box = last_box(text)
+  found = box
+  if found is None:
+    inside = first_tag(text)
+    found = inside.strip() if inside else None
+  rewarded = box is not None and same_form(box, gold)
+  parts = {
+    "correctness_math": 2.0 * rewarded,
+    "boxed_and_answer_tags": 0.75 if _OPENING in text else 0.25,
+  }
+  correct = found is not None and same_form(found, gold)
+  reason = "no answer" if found is None else f"read {found[:40]!a}"
+  return base.Verdict(sum(parts.values()), correct, parts, reason)
