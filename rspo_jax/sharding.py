@@ -127,6 +127,13 @@ def local_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
+def gather_rows(rows: np.ndarray) -> np.ndarray:
+  """Host rows [b, ...] of every process -> [B, ...], the same on all."""
+  if jax.process_count() == 1:
+    return rows
+  return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
 def gather_json(rows: list) -> list:
   """The JSON-able rows of all processes, in the order of processes."""
   if jax.process_count() == 1:

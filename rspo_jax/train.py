@@ -41,6 +41,7 @@ from rspo_jax.tasks import TASKS
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 SUMMARY = "summary.json"
+SAMPLED_GROUPS = 8  # groups of a rollout that samples/ shows
 FAULTS = (metrics.NonFiniteMetric, metrics.MetricsError, CheckpointError)
 
 
@@ -426,35 +427,22 @@ class Run:
         shards=settings.step.shards // jax.process_count(),
         first_row=jax.process_index() * len(texts),
       )
-    rewards = judged.rewards.reshape(-1, group)
-    values = {
-      "reward/mean": rewards.mean(),
-      "reward/std": rewards.std(),
-      "reward/equal_groups": objectives.equal_groups(rewards).mean(),
-      "reward/correct": judged.correct.mean(),
-      "rollout/length_mean": ended.sum(1).mean(),
-      "rollout/eos_share": (
-        host_tokens[:, -length:] == program.model.config.eos_id
-      )
-      .any(1)
-      .mean(),
-      "rollout/distinct_share": np.mean(
-        [
-          len(set(texts[i : i + group])) / group
-          for i in range(0, len(texts), group)
-        ]
-      ),
-    }
-    values = _mean_over_processes(values)
+    values = rollout_metrics(
+      judged,
+      ended,
+      (host_tokens[:, -length:] == program.model.config.eos_id).any(1),
+      group,
+    )
     values["rollout/denoiser_calls"] = int(out.denoiser_calls)
     values["rollout/tokens_per_s"] = (
       ended.size * jax.process_count() / watch.seconds["time/rollout_s"]
     )
     every = settings.run.samples_every
     if every and (self.step + 1) % every == 0:
+      rows = sharding.gather_json(self.sample_rows(prompts, judged))
       self.write_rows(
         self.workdir / "samples" / f"train-{self.step + 1:06d}.jsonl",
-        self.sample_rows(prompts, judged),
+        rows[: SAMPLED_GROUPS * group],
       )
     if early is not None:
       put = functools.partial(sharding.put_global, program.mesh)
@@ -464,18 +452,20 @@ class Run:
       return (batch, early[1]), values
     return sharding.put_global(program.mesh, host), values
 
-  def sample_rows(self, prompts, judged, groups: int = 8):
-    """Rows of samples/ for the first groups of a rollout."""
-    group = self.settings.rollout.group_size
-    for i in range(min(groups * group, len(judged.texts))):
-      example, verdict = prompts.examples[i // group], judged.verdicts[i]
-      yield {
+  def sample_rows(self, prompts, judged) -> list[dict[str, Any]]:
+    """Rows of samples/ for this process's first groups of a rollout."""
+    task, group = self.settings.task, self.settings.rollout.group_size
+    count = min(SAMPLED_GROUPS * group, len(judged.texts))
+    return [
+      {
         "prompt": self.program.task.prompt(
-          example, self.settings.task["prompt_style"]
+          prompts.examples[i // group], task["prompt_style"]
         ),
         "completion": judged.texts[i],
-        **rollout.verdict_row(verdict),
+        **rollout.verdict_row(judged.verdicts[i]),
       }
+      for i in range(count)
+    ]
 
   def mask_key(self):
     """Key of this step's masks, shared by policy and reference."""
@@ -558,16 +548,45 @@ class Run:
     hf_weights.save_model(model, self.workdir / "model")
 
 
-def _mean_over_processes(values: dict[str, Any]) -> dict[str, float]:
-  """Means of this host's values over all hosts (equal shares of the batch)."""
-  if jax.process_count() > 1:
-    from jax.experimental import multihost_utils
+def rollout_metrics(
+  judged: rollout.Judged, ended: np.ndarray, has_eos: np.ndarray, group: int
+) -> dict[str, float]:
+  """Metrics of a rollout, over the completions of all processes.
 
-    table = multihost_utils.process_allgather(
-      np.asarray(list(values.values()), np.float64)
-    )
-    return dict(zip(values, np.asarray(table).mean(0).tolist(), strict=True))
-  return {key: float(value) for key, value in values.items()}
+  Args:
+    judged: verdicts of this process's n completions, groups contiguous.
+    ended: bool [n, L], True through the first EOS.
+    has_eos: bool [n], whether a completion has one.
+    group: completions of a prompt, G.
+  """
+  distinct = [
+    len(set(judged.texts[i : i + group])) / group
+    for i in range(0, len(judged.texts), group)
+  ]
+  table = np.stack(
+    [
+      judged.rewards,
+      judged.correct,
+      ended.sum(1),
+      has_eos,
+      np.repeat(distinct, group),
+    ],
+    axis=1,
+  ).astype(np.float32)
+  rewards, correct, length, eos, distinct = (
+    sharding.gather_rows(table).astype(np.float64).T
+  )
+  return {
+    "reward/mean": float(rewards.mean()),
+    "reward/std": float(rewards.std()),
+    "reward/equal_groups": float(
+      objectives.equal_groups(rewards.reshape(-1, group)).mean()
+    ),
+    "reward/correct": float(correct.mean()),
+    "rollout/length_mean": float(length.mean()),
+    "rollout/eos_share": float(eos.mean()),
+    "rollout/distinct_share": float(distinct.mean()),
+  }
 
 
 def initialise() -> None:
