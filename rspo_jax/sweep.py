@@ -479,6 +479,18 @@ def locked(out: pathlib.Path) -> Iterator[None]:
     yield
 
 
+def _alive(job: Job) -> bool:
+  """Whether a process of the run lives that this sweep did not start."""
+  if not job.log.exists():
+    return False
+  with open(job.log, "rb") as log:
+    try:
+      fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return True
+  return False
+
+
 def _start(job: Job) -> _Child | None:
   """Starts a run; None while an earlier process of it still lives."""
   job.log.parent.mkdir(parents=True, exist_ok=True)
@@ -560,9 +572,9 @@ class _Runner:
     self.manifest = manifest
     self.parallel = parallel
     self.stream = stream
-    self.waiting = collections.deque(job for job in jobs if not job.finished)
+    self.waiting = [job for job in jobs if not job.finished]
     self.running: list[_Child] = []
-    self.held: set[str] = set()  # an earlier process of theirs lives
+    self.held: set[str] = set()  # an earlier process of theirs lived
     self.number = {job.name: index for index, job in enumerate(jobs, 1)}
 
   def say(self, text: str) -> None:
@@ -576,22 +588,27 @@ class _Runner:
     self.say(f"[{number}/{total}] {job.name}: {text}")
 
   def fill(self) -> None:
-    """Starts waiting runs where there is room."""
-    for _ in range(len(self.waiting)):
-      if len(self.running) >= self.parallel:
-        return
-      job = self.waiting.popleft()
+    """Starts waiting runs where there is room.
+
+    A run that outlived an earlier sweep takes its place among `parallel`.
+    """
+    alive = {job.name for job in self.waiting if _alive(job)}
+    for job in self.waiting:
+      if job.name in alive - self.held:
+        self.about(job, "an earlier process of it still works; waiting")
+    self.held |= alive
+    for job in list(self.waiting):
       if job.finished:  # by that earlier process, while we waited
+        self.waiting.remove(job)
         self.manifest.set(job, status="done")
         self.about(job, f"done{_accuracy(job)}")
         continue
-      child = _start(job)
-      if child is None:
-        if job.name not in self.held:
-          self.about(job, "an earlier process of it still works; waiting")
-        self.held.add(job.name)
-        self.waiting.append(job)
+      if len(self.running) + len(alive) >= self.parallel:
         continue
+      child = None if job.name in alive else _start(job)
+      if child is None:
+        continue
+      self.waiting.remove(job)
       self.running.append(child)
       attempts = self.manifest.data["runs"][job.name]["attempts"] + 1
       self.manifest.set(job, status="running", attempts=attempts)

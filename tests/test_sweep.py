@@ -196,17 +196,18 @@ def test_waits_for_a_run_that_outlived_a_killed_sweep(place):
   command = (
     f"--config={place}/config.py:long",
     f"--out={out}",
-    "--filter=plain-seed0",
     "--config.run.steps=100",
   )
-  process = in_background(place, *command)
+  process = in_background(place, *command, "--filter=plain-seed0")
   wait_for(lambda: (out / "plain-seed0" / "steps.txt").exists())
   process.kill()
   process.wait()
   assert not (out / "plain-seed0" / "summary.json").exists()
-  code, said, _ = call(*command)
+  code, said, _ = call(*command, "--filter=plain")
   assert code == 0
   assert "an earlier process of it still works; waiting" in said
+  # It counts among the one run at a time: the other starts when it is done.
+  assert said.index("plain-seed0: done") < said.index("plain-seed1: start")
   assert steps_of(out / "plain-seed0") == list(range(100))
   assert manifest(out)["runs"]["plain-seed0"]["attempts"] == 1
 

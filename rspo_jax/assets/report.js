@@ -514,6 +514,7 @@ function tableColumns() {
       value: group.runs.length})},
   ];
   for (const kind of ["greedy", "sampled"]) {
+    if (!groups.some((group) => group.summary[kind])) continue;
     columns.push(
       {name: `${kind} before, %`, cell: (group) =>
         interval(kinds(group, kind, "before"), percent)},
@@ -547,7 +548,9 @@ const plain = (value) => ({text: number(value), value});
 
 const order = {column: 0, down: false};
 function layTable() {
-  const columns = tableColumns();
+  // A column that no group has anything in only takes room.
+  const columns = tableColumns().filter((column) =>
+    groups.some((group, i) => column.cell(group, i).value !== null));
   const rows = groups.map((group, i) => columns.map((c) => c.cell(group, i)));
   const sorted = rows.map((row, i) => i).sort((a, b) => {
     const [x, y] = [a, b].map((i) => rows[i][order.column].value);
@@ -580,7 +583,8 @@ function tableNote() {
   const how = [...new Set(summaries.map((summary) => summary.how))];
   const n = [...new Set(summaries.map((summary) => summary.n).filter(Boolean))];
   const splits = [...new Set(groups.map((group) => group.split))];
-  const few = Math.min(...groups.map((group) => group.summary.runs));
+  const few = Math.min(...groups.map((group) => group.summary.runs)
+    .filter((runs) => runs > 0));
   $("table-note").textContent = summaries.length
     ? `Split: ${splits.join(", ")}${n.length ? `, n = ${n.join(", ")}` : ""}. ` +
       `Small figures: 95 % intervals (${how.join("; ")}); gains and ` +
