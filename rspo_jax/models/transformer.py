@@ -15,6 +15,7 @@ Two functions cross the boundary to sampler and likelihood, both aligned to
 is evaluated only at the rows that the caller asks for.
 """
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -25,6 +26,11 @@ from flax import struct
 from rspo_jax.models.families import ModelConfig
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
+
+# The head: inputs in the compute dtype, logits never rounded to it.
+_float32_out = functools.partial(
+  jax.lax.dot_general, preferred_element_type=jnp.float32
+)
 
 
 def rope_tables(positions: jax.Array, head_dim: int, theta: float):
@@ -187,13 +193,16 @@ class RMSNorm(nn.Module):
     return out
 
 
-def _dense(config: ModelConfig, name: str, features: int, axes, bias: bool):
+def _dense(
+  config: ModelConfig, name: str, features: int, axes, bias: bool, dot=None
+):
   """A linear map with named logical axes (input, output)."""
   return nn.Dense(
     features,
     use_bias=bias,
     dtype=config.compute_dtype,
     name=name,
+    dot_general=dot,
     kernel_init=nn.with_logical_partitioning(
       nn.initializers.normal(0.02), axes
     ),
@@ -214,8 +223,11 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x, rope, key_bias, cached=None, cached_bias=None):
     config = self.config
-    n, length, _ = x.shape
+    n, length, width = x.shape
     dim = config.head_dim
+    # One axis of rows: the backward pass of XLA's matmuls on the CPU is a
+    # tenth slower with two.
+    x = x.reshape(n * length, width)
     h = RMSNorm(config, name="attention_norm")(x)
     into_heads = ("embed", "heads")
     q = _dense(
@@ -234,7 +246,7 @@ class Block(nn.Module):
       attended = attend(q, k, v, key_bias, config.attention)
     else:
       attended = attend_cached(q, k, v, key_bias, cached, cached_bias)
-    attended = attended.reshape(n, length, config.width)
+    attended = attended.reshape(n * length, width)
     x = x + _dense(
       config, "out", config.width, ("heads", "embed"), config.linear_bias
     )(attended)
@@ -248,6 +260,7 @@ class Block(nn.Module):
     x = x + _dense(
       config, "down", config.width, ("mlp", "embed"), config.linear_bias
     )(nn.silu(gate) * up)
+    x = x.reshape(n, length, width)
     x = nn.with_logical_constraint(x, ("batch", None, None))
     return x, (_by_kv_head(k), _by_kv_head(v)) if self.keep else None
 
@@ -268,9 +281,14 @@ class Transformer(nn.Module):
         nn.initializers.normal(0.02), ("vocab", "embed")
       ),
     )
-    block = Block
-    if config.remat:
-      block = nn.remat(Block, prevent_cse=False)
+    # The backward pass keeps the outputs of the weights' matmuls and computes
+    # the rest again (norms, rotations, attention weights, gates): half the
+    # memory, and on the CPU less time than reading it back. `remat` keeps
+    # nothing but the inputs of each layer.
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    block = nn.remat(
+      Block, prevent_cse=False, policy=None if config.remat else saved
+    )
     self.layers = nn.scan(
       block,
       variable_axes={"params": 0},
@@ -287,6 +305,7 @@ class Transformer(nn.Module):
         config.vocab_size,
         ("embed", "vocab"),
         config.linear_bias,
+        _float32_out,
       )
 
   def _embedded(self, tokens):
@@ -339,8 +358,12 @@ class Transformer(nn.Module):
   def project(self, h):
     """Logits f32 [..., V] of hidden rows [..., D]."""
     config = self.config
-    logits = self.embed.attend(h) if config.tie_embeddings else self.head(h)
-    logits = logits.astype(jnp.float32)
+    if config.tie_embeddings:
+      table = self.embed.embedding.astype(config.compute_dtype)  # [V, D]
+      last = h.ndim - 1
+      logits = _float32_out(h, table, (((last,), (1,)), ((), ())))
+    else:
+      logits = self.head(h)
     return logits * config.width**-0.5 if config.scale_logits else logits
 
   def __call__(self, tokens):
