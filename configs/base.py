@@ -34,17 +34,26 @@ def get_config() -> ml_collections.ConfigDict:
   new.pattern = "."  # regular expression of a piece
 
   config.task = task = ml_collections.ConfigDict()
-  task.name = "countdown"  # key of rspo_jax.tasks.TASKS
+  task.name = "countdown"  # key of rspo_jax.tasks.TASKS, or module:function
+  #                          (rspo_jax/tasks/own.py)
   task.prompt_style = "compact"  # template of the prompt
   task.protocol = "strict"  # strict | d1 (bug-compatible)
   task.reward_weights = ml_collections.ConfigDict()  # part -> weight; empty:
   #                                                    the task's own
 
+  config.reward = reward = ml_collections.ConfigDict()
+  reward.extra = ""  # module:function whose score is added to the reward, times
+  #                    task.reward_weights.extra
+  reward.workers = 2  # processes that call it, or a task that is a function
+  reward.time_limit_s = 5.0  # of one call, then its completion gets no reward
+  reward.memory_mb = 2048  # of one process
+
   config.data = data = ml_collections.ConfigDict()
   data.size = "small"  # small | large: builder config of a generated task
   data.seed = 0  # of the generated data
   data.dir = ""  # prepared datasets; "": RSPO_JAX_DATA or a folder in ~/.cache
-  data.source = ""  # JSONL or CSV file read instead of a prepared dataset
+  data.source = ""  # JSONL or CSV file read instead of a prepared dataset;
+  #                   {split} in its path stands for train, validation, test
   data.prompt_length = 7  # P: static, shorter prompts are left-padded
   data.corrupt_share = 0.0  # demonstrations replaced by mixed-quality ones
   #                           (supervised runs)

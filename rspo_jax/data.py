@@ -88,6 +88,26 @@ def load_examples(
   return examples
 
 
+def prompt_text(
+  task: base.Task, example: base.Example, style: str, tokenizer
+) -> str:
+  """Returns the prompt of an example as the model is given it.
+
+  Every style but the compact one is a message to a general model: it goes
+  through the checkpoint's chat template, where it has one.
+
+  Args:
+    task: gives the user's text.
+    example: of the task.
+    style: name of the prompt template.
+    tokenizer: of the checkpoint.
+  """
+  text = task.prompt(example, style)
+  if style == "compact" or tokenizer.template is None:
+    return text
+  return tokenizer.chat([{"role": "user", "content": text}])
+
+
 class Prompts:
   """The prompts of a split as token rows, each tokenised when first met.
 

@@ -62,6 +62,12 @@ class Judged:
     """bool [n]."""
     return np.asarray([v.correct for v in self.verdicts], bool)
 
+  @property
+  def unjudged(self) -> np.ndarray:
+    """bool [n], whose verifier hung, crashed or gave nothing usable."""
+    reasons = [v.reason for v in self.verdicts]
+    return np.asarray([base.NO_VERDICT in reason for reason in reasons], bool)
+
 
 def make_rollout(
   denoise_fn: Callable,
@@ -121,10 +127,8 @@ def judge(
 ) -> Judged:
   """Verdicts of n texts on n / G examples, each with G texts in a row."""
   group_size = len(texts) // max(len(examples), 1)
-  verdicts = [
-    task.verify(examples[i // group_size], text, protocol, weights)
-    for i, text in enumerate(texts)
-  ]
+  pairs = [(examples[i // group_size], text) for i, text in enumerate(texts)]
+  verdicts = task.judge(pairs, protocol, weights)
   return Judged(texts=texts, verdicts=verdicts)
 
 

@@ -92,6 +92,8 @@ _POSITIVE = (
   "sampler.steps",
   "likelihood.masks",
   "model.head_chunks",
+  "reward.workers",
+  "reward.memory_mb",
   "train.micro_batch",
   "eval.batch",
   "run.steps",
@@ -161,7 +163,11 @@ def check_values(config) -> None:
         f"{key}={values[key]} must lie in [{low:g}, {high:g}"
         f"{']' if closed else ')'}."
       )
-  for key in ("optimizer.eps", "optimizer.clip_norm"):
+  for key in (
+    "optimizer.eps",
+    "optimizer.clip_norm",
+    "reward.time_limit_s",
+  ):
     if values[key] <= 0:
       raise ValueError(f"{key}={values[key]} must be greater than 0.")
   for key, allowed in _CHOICES.items():
@@ -247,12 +253,19 @@ def build(config, devices: int) -> Settings:
   Raises:
     ValueError: names the first key that cannot be, its value and a remedy.
   """
-  from rspo_jax import likelihood, objectives, sampler, sharding, train_step
-  from rspo_jax.tasks import TASKS, base
+  from rspo_jax import (
+    likelihood,
+    objectives,
+    sampler,
+    sharding,
+    tasks,
+    train_step,
+  )
+  from rspo_jax.tasks import base
 
   check_values(config)
-  _one_of("task.name", config.task.name, TASKS)
-  task = TASKS[config.task.name]
+  reward = _reward_settings(config.reward)
+  task = tasks.find(config.task.name, reward)
   _one_of("task.prompt_style", config.task.prompt_style, task.styles)
   _one_of("task.protocol", config.task.protocol, base.PROTOCOLS)
   weights = config.task.reward_weights.to_dict()
@@ -407,6 +420,7 @@ def build(config, devices: int) -> Settings:
       "name": task.name,
       "prompt_style": config.task.prompt_style,
       "protocol": config.task.protocol,
+      "reward": reward,
       "weights": weights or None,
     },
     data=base.DataSettings(
@@ -441,6 +455,20 @@ def build(config, devices: int) -> Settings:
   )
 
 
+def _reward_settings(reward):
+  """How users' functions are called (tasks.own.RewardSettings)."""
+  from rspo_jax import workers
+  from rspo_jax.tasks import own
+
+  try:
+    limits = workers.Limits(
+      time_s=reward.time_limit_s, memory_bytes=reward.memory_mb << 20
+    )
+  except ValueError as error:
+    raise ValueError(f"reward.memory_mb={reward.memory_mb}: {error}") from error
+  return own.RewardSettings(reward.extra, reward.workers, limits)
+
+
 def _nearest_divisor(number: int, wish: int) -> int:
   """The divisor of a number that is nearest to a wish."""
   low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
@@ -460,6 +488,8 @@ FREE_KEYS = (
   "run.compilation_cache",
   "run.log",
   "data.dir",
+  "reward.workers",
+  "reward.memory_mb",
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",
@@ -567,6 +597,15 @@ def read_config(folder: pathlib.Path) -> dict | None:
   return config
 
 
+def _defaults() -> dict[str, Any]:
+  """Default of every key, {} where the configs are not at hand."""
+  try:
+    from configs import base
+  except ImportError:
+    return {}
+  return flat(base.get_config().to_dict())
+
+
 def check_same_run(old: dict, new: dict, workdir: str) -> None:
   """Refuses to continue a run under a config that means something else.
 
@@ -574,6 +613,8 @@ def check_same_run(old: dict, new: dict, workdir: str) -> None:
     ValueError: names the keys that differ.
   """
   before, after = flat(old), flat(new)
+  # Keys that have come since the run began stood at their defaults then.
+  before |= {k: v for k, v in _defaults().items() if k in after.keys() - before}
   changed = [
     f"{key}={after.get(key)!r} (was {before.get(key)!r})"
     for key in sorted(before.keys() | after.keys())

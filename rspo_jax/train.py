@@ -31,18 +31,24 @@ from rspo_jax import (
   objectives,
   rollout,
   sharding,
+  tasks,
   train_step,
+  workers,
 )
 from rspo_jax import settings as settings_lib
 from rspo_jax.checkpoint import Checkpointer, CheckpointError
 from rspo_jax.interrupt import Interrupt
 from rspo_jax.models import fresh, hf_weights, transformer
-from rspo_jax.tasks import TASKS
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 SUMMARY = "summary.json"
 SAMPLED_GROUPS = 8  # groups of a rollout that samples/ shows
-FAULTS = (metrics.NonFiniteMetric, metrics.MetricsError, CheckpointError)
+FAULTS = (
+  metrics.NonFiniteMetric,
+  metrics.MetricsError,
+  CheckpointError,
+  workers.WorkersError,
+)
 
 
 class Interrupted(Exception):
@@ -74,7 +80,13 @@ class Program:
   @property
   def task(self):
     """The task of the run."""
-    return TASKS[self.settings.task["name"]]
+    task = self.settings.task
+    return tasks.find(task["name"], task["reward"])
+
+  def prompt(self, example) -> str:
+    """Text of an example's prompt as the model is given it."""
+    style = self.settings.task["prompt_style"]
+    return data.prompt_text(self.task, example, style, self.model.tokenizer)
 
   def judge(self, examples, texts) -> rollout.Judged:
     """Verdicts under the run's protocol and reward weights."""
@@ -232,7 +244,7 @@ def _prompts(program: Program, split: str, count: int) -> evaluate.Prompts:
     examples = examples[:count]
   tokens, mask = data.encode_prompts(
     examples,
-    lambda example: program.task.prompt(example, settings.task["prompt_style"]),
+    program.prompt,
     program.model.tokenizer.encode,
     settings.prompt_length,
     program.model.config.pad_id,
@@ -353,9 +365,7 @@ class Run:
 
   def prompt_text(self, index: int) -> str:
     """Text of an evaluation prompt."""
-    return self.program.task.prompt(
-      self.eval_prompts.examples[index], self.settings.task["prompt_style"]
-    )
+    return self.program.prompt(self.eval_prompts.examples[index])
 
   def write_rows(self, path: pathlib.Path, rows) -> None:
     """Completions with verdicts as JSON lines, by the main process."""
@@ -454,13 +464,11 @@ class Run:
 
   def sample_rows(self, prompts, judged) -> list[dict[str, Any]]:
     """Rows of samples/ for this process's first groups of a rollout."""
-    task, group = self.settings.task, self.settings.rollout.group_size
+    group = self.settings.rollout.group_size
     count = min(SAMPLED_GROUPS * group, len(judged.texts))
     return [
       {
-        "prompt": self.program.task.prompt(
-          prompts.examples[i // group], task["prompt_style"]
-        ),
+        "prompt": self.program.prompt(prompts.examples[i // group]),
         "completion": judged.texts[i],
         **rollout.verdict_row(judged.verdicts[i]),
       }
@@ -570,10 +578,11 @@ def rollout_metrics(
       ended.sum(1),
       has_eos,
       np.repeat(distinct, group),
+      judged.unjudged,
     ],
     axis=1,
   ).astype(np.float32)
-  rewards, correct, length, eos, distinct = (
+  rewards, correct, length, eos, distinct, unjudged = (
     sharding.gather_rows(table).astype(np.float64).T
   )
   return {
@@ -583,6 +592,7 @@ def rollout_metrics(
       objectives.equal_groups(rewards.reshape(-1, group)).mean()
     ),
     "reward/correct": float(correct.mean()),
+    "reward/no_verdict": float(unjudged.mean()),
     "rollout/length_mean": float(length.mean()),
     "rollout/eos_share": float(eos.mean()),
     "rollout/distinct_share": float(distinct.mean()),
@@ -759,9 +769,7 @@ def _batches(run: Run):
   settings, program = run.settings, run.program
   examples = data.load_examples(program.task, "train", settings.data)
   common = dict(
-    prompt=functools.partial(
-      program.task.prompt, style=settings.task["prompt_style"]
-    ),
+    prompt=program.prompt,
     encode=program.model.tokenizer.encode,
     prompt_length=settings.prompt_length,
     pad_id=program.model.config.pad_id,

@@ -139,6 +139,8 @@ class Workers:
     self._quiet = quiet
     self._slots: list[_Worker | None] = [None] * count
     self._failed_starts = 0
+    self._losses = 0  # workers that a call has killed
+    self._proven = False  # whether a worker has ever been ready
     self._lock = threading.Lock()
     self.close = weakref.finalize(self, _close, self._slots, os.getpid())
 
@@ -292,6 +294,8 @@ class _Round:
       self._staff(slots)
       started = self.lines or any(w and w.ready for w in slots)
       if not self.missing and started:
+        if self.pool._losses:
+          self._staff(slots)  # they get ready while nobody waits
         return self.outcomes
       with selectors.DefaultSelector() as selector:
         for slot, worker in enumerate(slots):
@@ -315,7 +319,10 @@ class _Round:
 
   def _staff(self, slots) -> None:
     """Fills empty places while there is work for them; hands out calls."""
+    # As many as there is work for; all once calls have been seen to kill.
     wanted = min(len(slots), max(1, self.missing))
+    if self.pool._losses:
+      wanted = len(slots)
     for slot, worker in enumerate(slots):
       if (
         worker is not None and worker.idle and worker.process.poll() is not None
@@ -336,9 +343,11 @@ class _Round:
     messages, ended = worker.receive()
     for message in messages:
       if "fatal" in message:
-        raise FunctionError(message["fatal"])
+        # What could be imported before is no mistake in the name.
+        error = WorkersError if self.pool._proven else FunctionError
+        raise error(message["fatal"])
       if "ready" in message:
-        worker.ready = True
+        worker.ready = self.pool._proven = True
         self.pool._failed_starts = 0
         continue
       self._finish(worker, Outcome(message.get("value"), message["reason"]))
@@ -347,6 +356,7 @@ class _Round:
     if not ended:
       return
     if worker.call is not None:
+      self.pool._losses += 1
       self._finish(worker, Outcome(None, f"the worker {worker.ending()}"))
     elif not worker.ready:
       self._failed_start(f"the worker {worker.ending()} before it was ready")
@@ -362,6 +372,7 @@ class _Round:
       worker.kill()
       slots[slot] = None
       if worker.ready:
+        self.pool._losses += 1
         limit = self.pool.limits.time_s
         self._finish(worker, Outcome(None, f"took longer than {limit:g} s"))
       else:
@@ -465,11 +476,18 @@ def _answer(function, line: bytes, cpu_s: float) -> dict[str, Any]:
   return {"value": value, "reason": reason, "last": last}
 
 
+def _plain(value):
+  """A number of numpy, torch or jax as Python's own."""
+  if hasattr(value, "item"):
+    return value.item()
+  raise TypeError(type(value).__name__)
+
+
 def _encode(message: dict[str, Any]) -> bytes:
   """A message as a line; a result that JSON cannot say becomes a reason."""
   why = f"returned more than {_MAX_RESULT_BYTES} bytes"
   try:
-    line = json.dumps(message).encode() + b"\n"
+    line = json.dumps(message, default=_plain).encode() + b"\n"
     if len(line) <= _MAX_RESULT_BYTES:
       return line
   except (TypeError, ValueError, RecursionError):

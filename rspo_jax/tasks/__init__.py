@@ -1,7 +1,38 @@
-"""The benchmarks, by name."""
+"""The benchmarks, by name, and tasks of the user's own."""
 
-from rspo_jax.tasks import base, countdown, gsm8k, sudoku
+import difflib
+import functools
+
+from rspo_jax.tasks import base, countdown, gsm8k, math500, own, sudoku
 
 TASKS: dict[str, base.Task] = {
-  task.name: task for task in (countdown.TASK, sudoku.TASK, gsm8k.TASK)
+  task.name: task
+  for task in (countdown.TASK, sudoku.TASK, gsm8k.TASK, math500.TASK)
 }
+
+
+@functools.cache
+def find(name: str, settings: own.RewardSettings | None = None) -> base.Task:
+  """Returns a task by name.
+
+  Args:
+    name: key of `TASKS`, or `module:function` (see `own`).
+    settings: of users' functions.
+
+  Raises:
+    ValueError: no such task; the nearest name is offered.
+  """
+  settings = settings or own.RewardSettings()
+  if ":" in name:
+    task = own.make_task(name, settings)
+  elif name in TASKS:
+    task = TASKS[name]
+  else:
+    near = difflib.get_close_matches(name, TASKS, 1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+      f"task.name={name!r} is not known; {hint}choose from"
+      f" {', '.join(sorted(TASKS))}, or module:function for a reward of your"
+      " own."
+    )
+  return own.with_extra(task, settings) if settings.extra else task

@@ -13,6 +13,10 @@ Example = dict[str, Any]
 PROTOCOLS = ("strict", "d1")
 SPLITS = ("train", "validation", "test")
 
+# How the reason of a completion begins whose verifier hung, crashed or gave
+# nothing that can be used: it counts as wrong, with reward 0.
+NO_VERDICT = "no verdict: "
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verdict:
@@ -67,6 +71,9 @@ class Task:
       never raises on a completion.
     weights: the default weight of each rewarded part.
     styles: names of the prompt templates.
+    verify_all: (pairs of example and completion, protocol, weights) -> their
+      verdicts, where a verifier is faster on many (it has worker processes);
+      None: `verify` one by one.
   """
 
   name: str
@@ -77,6 +84,21 @@ class Task:
   verify: Callable[..., Verdict]
   weights: Mapping[str, float]
   styles: tuple[str, ...] = ("compact",)
+  verify_all: Callable[..., list[Verdict]] | None = None
+
+  def judge(
+    self,
+    pairs: Sequence[tuple[Example, str]],
+    protocol: str = "strict",
+    weights: Mapping[str, float] | None = None,
+  ) -> list[Verdict]:
+    """Returns the verdicts of pairs of example and completion."""
+    if self.verify_all is not None:
+      return self.verify_all(pairs, protocol, weights)
+    return [
+      self.verify(example, completion, protocol, weights)
+      for example, completion in pairs
+    ]
 
 
 def resolve_weights(

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import countdown as generator
 from rspo_jax.datasets import files
-from rspo_jax.tasks import answers, base, d1
+from rspo_jax.tasks import answers, base, d1, prompts
 
 WEIGHTS = {"correct": 0.9, "numbers": 0.1}
-STYLES = ("compact",)
+STYLES = ("compact", *prompts.STYLES)
 
 _SYMBOLS = {
   "\\times": "*",
@@ -31,9 +31,11 @@ _SYMBOLS = {
 
 
 def prompt(example: base.Example, style: str) -> str:
-  """Returns the prompt: `12,34,56=78` in the compact style."""
+  """Returns the user's text: `12,34,56=78` in the compact style."""
   base.check_style(style, STYLES)
   numbers, target = example["ground_truth"]
+  if style != "compact":
+    return prompts.countdown(numbers, target, style)
   return f"{','.join(map(str, numbers))}={target}"
 
 

@@ -13,10 +13,10 @@ import re
 from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import files
-from rspo_jax.tasks import answers, base, d1
+from rspo_jax.tasks import answers, base, d1, prompts
 
 WEIGHTS = {"correct": 1.0, "format": 0.0}
-STYLES = ("compact",)
+STYLES = ("compact", *prompts.STYLES)
 
 # An answer is short; more than this is a text, not an answer.
 _MAX_ANSWER = 400
@@ -166,9 +166,11 @@ def verify(
 
 
 def prompt(example: base.Example, style: str) -> str:
-  """Returns the question."""
+  """Returns the user's text; the question alone in the compact style."""
   base.check_style(style, STYLES)
-  return example["question"]
+  if style == "compact":
+    return example["question"]
+  return prompts.word_problem(example["question"], style)
 
 
 def parse_row(row) -> base.Example:

@@ -10,10 +10,10 @@ solution, a short answer counting as zeros at its end.
 from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import files
-from rspo_jax.tasks import answers, base, d1
+from rspo_jax.tasks import answers, base, d1, prompts
 
 WEIGHTS = {"cells": 1.0, "valid": 0.0, "exact": 0.0}
-STYLES = ("compact",)
+STYLES = ("compact", *prompts.STYLES)
 
 _DIGITS = frozenset("0123456789")
 _FULL = frozenset("1234")
@@ -31,8 +31,10 @@ _UNITS = _units()
 
 
 def prompt(example: base.Example, style: str) -> str:
-  """Returns the prompt: the 16 digits, 0 where empty, in the compact style."""
+  """Returns the user's text: the 16 digits, 0 where empty, when compact."""
   base.check_style(style, STYLES)
+  if style != "compact":
+    return prompts.sudoku(example["puzzle"], style)
   return example["puzzle"]
 
 

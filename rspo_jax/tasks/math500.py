@@ -1,0 +1,272 @@
+r"""MATH: competition problems whose answer is a LaTeX expression.
+
+Strict verdict. The answer is what the last closed <answer> tag holds, in it the
+last box; without a closed tag the last box; else the whole completion if it is
+nothing but a number. Equal text and equal plain numbers are decided here and
+exactly; everything else by math-verify, in worker processes with limits of time
+and memory (`symbolic`). An answer over 1,000 characters is none.
+"""
+
+import fractions
+import functools
+import os
+import re
+from collections.abc import Mapping, Sequence
+
+from rspo_jax import workers
+from rspo_jax.datasets import files
+from rspo_jax.tasks import answers, base, d1, prompts
+
+WEIGHTS = {"correct": 1.0, "format": 0.0}
+STYLES = ("compact", *prompts.STYLES)
+
+_MAX_ANSWER = 1000
+_TARGET = "rspo_jax.tasks.symbolic:call"
+# A comparison takes some 8 ms. The first limit leaves the worker alive, the
+# second covers one long operation that nothing can break off.
+_LIMITS = workers.Limits(time_s=1.8, cpu_s=1.2, memory_bytes=2 << 30)
+
+_BARE_BOX = re.compile(r"\\boxed ([^$\n{}]{1,100})(?:\$|\n|\Z)")
+_FACTORIAL = re.compile(r"([0-9]+)[)}\s]*!")
+_MANY_FACTORIALS = re.compile(r"![)}\s]*!")
+_EXPONENT = re.compile(r"\^[{(\s]*-?([0-9]+)")
+_DIGITS_ONLY = re.compile(r"[{(\s]*[0-9]")
+_SPACE = re.compile(r"\s+|\\[,;!: ]")
+_NUMBER = re.compile(r"-?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?|\.[0-9]{1,40})")
+_RATIO = re.compile(
+  r"(-?)\\[dt]?frac\s*(?:\{\s*([0-9]{1,40})\s*\}|([0-9]))"
+  r"\s*(?:\{\s*([0-9]{1,40})\s*\}|([0-9]))"
+)
+
+
+@functools.cache
+def _pool() -> workers.Workers:
+  count = max(2, min(8, (os.cpu_count() or 1) // 2))
+  return workers.Workers(_TARGET, count, _LIMITS, quiet=True)
+
+
+def _ask(calls: Sequence[tuple]) -> list[workers.Outcome]:
+  try:
+    return _pool().map(calls)
+  except workers.FunctionError as error:
+    raise ValueError(
+      "math500 compares answers by the package math-verify, which cannot be"
+      f" used: {error} Install requirements-math.txt."
+    ) from error
+
+
+def final_answer(text: str) -> str | None:
+  """Returns the part of a completion that counts as its answer."""
+  inside = answers.last_tag(text) if "<answer>" in text else None
+  if inside is None:
+    found = _boxed(text) if "\\boxed" in text else None
+    if found is None and _NUMBER.fullmatch(text.strip()):
+      found = text
+  elif "\\boxed" in inside:
+    found = _boxed(inside)
+    if found is None:
+      # The tag was closed, so the answer is there, whatever the box lacks.
+      found = inside.rpartition("\\boxed")[2].strip().removeprefix("{")
+  else:
+    found = inside
+  found = found.strip() if found else ""
+  return found if 0 < len(found) <= _MAX_ANSWER else None
+
+
+def _boxed(text: str) -> str | None:
+  r"""Returns what the last box holds; `\boxed 5$` is one without braces."""
+  found = answers.last_box(text)
+  if found is None:
+    bare = _BARE_BOX.match(text, text.rfind("\\boxed"))
+    found = bare and bare.group(1)
+  return found
+
+
+def _plain_number(text: str) -> fractions.Fraction | None:
+  """Reads digits, a decimal or a fraction of two digit strings."""
+  if _NUMBER.fullmatch(text):
+    return fractions.Fraction(text)
+  match = _RATIO.fullmatch(text)
+  if not match:
+    return None
+  above, below = match[2] or match[3], match[4] or match[5]
+  if not int(below):
+    return None
+  return fractions.Fraction(int(match[1] + above), int(below))
+
+
+def explodes(answer: str) -> bool:
+  """Whether the value of an answer may be too large to write down.
+
+  A symbolic comparison computes such a power or factorial before it compares.
+  The limits of the workers hold whatever slips through.
+  """
+  if any(len(digits) > 4 for digits in _FACTORIAL.findall(answer)):
+    return True
+  if _MANY_FACTORIALS.search(answer):
+    return True
+  if any(len(digits) > 5 for digits in _EXPONENT.findall(answer)):
+    return True
+  # Exponents in exponents: more than two levels, or two that are all digits.
+  exponents, depth = [], 0
+  for i, character in enumerate(answer):
+    if character == "^":
+      exponents.append(depth)
+      if len(exponents) > 2:
+        return True
+      if len(exponents) == 2 and _DIGITS_ONLY.match(answer, i + 1):
+        base_of_tower = answer[:i].rpartition("^")[2]
+        if not any(c.isalpha() for c in base_of_tower):
+          return True
+    elif character in "{(":
+      depth += 1
+    elif character in "})":
+      depth -= 1
+      exponents = [level for level in exponents if level < depth]
+    elif exponents and exponents[-1] == depth and character in " +-*/=,":
+      exponents.pop()
+  return False
+
+
+def _quick(gold: str, answer: str) -> bool | None:
+  """Whether two answers are the same, None where that takes more thought."""
+  if _SPACE.sub("", gold) == _SPACE.sub("", answer):
+    return True
+  left, right = _plain_number(gold), _plain_number(answer)
+  if left is None or right is None:
+    return None
+  if left == right:
+    return True
+  # A decimal may stand for what it was rounded from.
+  return None if "." in gold + answer else False
+
+
+def verify_all(
+  pairs: Sequence[tuple[base.Example, str]],
+  protocol: str = "strict",
+  weights: Mapping[str, float] | None = None,
+) -> list[base.Verdict]:
+  """Judges many completions, as many at a time as there are workers.
+
+  Args:
+    pairs: (example, completion); examples with `ground_truth`, LaTeX.
+    protocol: strict, or d1 for the verdicts and rewards of `d1`, which know no
+      weights and need no workers.
+    weights: of the parts `correct` and `format` (there is an answer).
+
+  Returns:
+    Verdicts with parts `correct` and `format`.
+  """
+  base.check_protocol(protocol)
+  if protocol == "d1":
+    return [d1.math500(example, completion) for example, completion in pairs]
+  weights = base.resolve_weights(WEIGHTS, weights)
+  found = [final_answer(answers.clip(completion)) for _, completion in pairs]
+  correct: list[bool | None] = [False] * len(pairs)
+  reasons = ["no final answer"] * len(pairs)
+  hard = []
+  for i, ((example, _), answer) in enumerate(zip(pairs, found, strict=True)):
+    if answer is None:
+      continue
+    reasons[i] = f"read {answer[:40]!a}"
+    correct[i] = _quick(example["ground_truth"], answer)
+    if correct[i] is None and explodes(answer):
+      correct[i], reasons[i] = False, f"too large a number: {answer[:40]!a}"
+    if correct[i] is None:
+      hard.append(i)
+  calls = [("equal", pairs[i][0]["ground_truth"], found[i]) for i in hard]
+  for i, outcome in zip(hard, _ask(calls) if calls else [], strict=True):
+    correct[i] = outcome.value is True
+    if outcome.reason:
+      reasons[i] = f"{base.NO_VERDICT}{outcome.reason}"
+  verdicts = []
+  for right, answer, reason in zip(correct, found, reasons, strict=True):
+    parts = {"correct": float(right), "format": float(answer is not None)}
+    reward = sum(weights[name] * value for name, value in parts.items())
+    verdicts.append(base.Verdict(reward, right, parts, reason))
+  return verdicts
+
+
+def verify(
+  example: base.Example,
+  completion: str,
+  protocol: str = "strict",
+  weights: Mapping[str, float] | None = None,
+) -> base.Verdict:
+  """Judges one completion; see `verify_all`, which is faster for many."""
+  return verify_all([(example, completion)], protocol, weights)[0]
+
+
+def prompt(example: base.Example, style: str) -> str:
+  """Returns the user's text."""
+  base.check_style(style, STYLES)
+  if style == "compact":
+    return example["question"]
+  return prompts.mathematics(example["question"], style)
+
+
+def parse_row(row) -> base.Example:
+  r"""Turns a row into an example.
+
+  Two layouts: {"problem", "answer"}, and {"problem", "solution"} whose answer
+  is the last box of the solution.
+  """
+  question = files.field(row, "problem", "question")
+  if "answer" in row:
+    answer = row["answer"]
+  else:
+    answer = answers.last_box(str(files.field(row, "solution", "answer")))
+    if answer is None:
+      raise ValueError(r"expected a solution with a \boxed{answer}.")
+  if not isinstance(question, str) or not isinstance(answer, str):
+    raise ValueError(
+      f"expected text as problem and answer, got {question!r:.40} and"
+      f" {answer!r:.40}."
+    )
+  if not answer.strip():
+    raise ValueError("expected an answer, got an empty one.")
+  example = {"question": question, "ground_truth": answer.strip()}
+  for field in ("subject", "level"):
+    if field in row:
+      example[field] = row[field]
+  return example
+
+
+def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
+  """Loads a split of `settings.source`; every gold answer must be readable."""
+  base.check_split(split)
+  if not settings.source:
+    raise ValueError(
+      "math500 needs data.source=PATH, a JSONL file with problem and answer;"
+      " write {split} in the path for one file a split."
+    )
+  examples = files.load_split(settings.source, split, parse_row)
+  golds = {
+    example["ground_truth"]
+    for example in examples
+    if _plain_number(example["ground_truth"]) is None
+  }
+  golds = sorted(golds)
+  # With nothing to read the workers still start, so that mistakes show now.
+  outcomes = _ask([("readable", gold) for gold in golds or ["0"]])
+  for gold, outcome in zip(golds, outcomes, strict=bool(golds)):
+    if outcome.value is not True:
+      why = outcome.reason or "math-verify finds nothing in it"
+      raise ValueError(
+        f"data.source={settings.source}: the answer {gold[:80]!r} cannot be"
+        f" read ({why}); correct it or leave the row out."
+      )
+  return examples
+
+
+TASK = base.Task(
+  "math500",
+  load,
+  prompt,
+  None,
+  None,
+  verify,
+  WEIGHTS,
+  STYLES,
+  verify_all=verify_all,
+)

@@ -1,0 +1,214 @@
+"""A task of the user's own: rows with prompts, and a function that scores them.
+
+`task.name=MODULE:FUNCTION` with `data.source=FILE` is a task. The function is
+called in worker processes (`workers`) as
+
+    FUNCTION(row, completion) -> score
+
+with a row of the file, and gives one of
+
+- a number, the reward; 1 and above counts as correct,
+- True or False, for 1 and 0,
+- {"reward": number, "correct": bool, "parts": {name: number}, "reason": text},
+  all but the first optional.
+
+`reward.extra=MODULE:FUNCTION` adds the score of such a function to the reward of
+any task, times the weight of the part `extra`.
+
+A call that takes too long, ends its process or returns anything else counts as
+wrong, with reward 0, and its verdict says why.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rspo_jax import workers
+from rspo_jax.datasets import files
+from rspo_jax.tasks import base, prompts
+
+STYLES = ("compact", "chat", *prompts.STYLES)
+WEIGHTS = {"reward": 1.0}
+EXTRA = "extra"
+
+_MAX_REASON = 200
+_MAX_PARTS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardSettings:
+  """How users' functions are called.
+
+  Attributes:
+    extra: `module:function` whose score is added to a task's reward; empty:
+      none.
+    processes: how many call it at a time.
+    limits: of one call.
+  """
+
+  extra: str = ""
+  processes: int = 2
+  limits: workers.Limits = dataclasses.field(default_factory=workers.Limits)
+
+
+@functools.cache
+def _pool(target: str, count: int, limits: workers.Limits) -> workers.Workers:
+  return workers.Workers(target, count, limits)
+
+
+def _number(value: Any) -> float | None:
+  """Returns a finite number as float, None for anything else."""
+  if not isinstance(value, int | float):
+    return None
+  try:
+    value = float(value)
+  except OverflowError:
+    return None
+  return value if math.isfinite(value) else None
+
+
+def verdict(outcome: workers.Outcome) -> base.Verdict:
+  """Reads what a user's function returned."""
+
+  def failed(why: str) -> base.Verdict:
+    return base.Verdict(0.0, False, {}, f"{base.NO_VERDICT}{why}")
+
+  if outcome.reason:
+    return failed(outcome.reason)
+  value = outcome.value
+  if not isinstance(value, dict):
+    value = {"reward": value}
+  reward = _number(value.get("reward"))
+  if reward is None:
+    return failed(f"a score must be a finite number, got {value!r:.60}")
+  parts = value.get("parts", {})
+  if not isinstance(parts, dict) or len(parts) > _MAX_PARTS:
+    return failed(f"parts must be at most {_MAX_PARTS} named numbers")
+  numbers = {str(name): _number(part) for name, part in parts.items()}
+  if None in numbers.values():
+    return failed(f"parts must be finite numbers, got {parts!r:.60}")
+  correct = bool(value.get("correct", reward >= 1.0))
+  reason = str(value.get("reason", f"scored {reward:g}"))[:_MAX_REASON]
+  # Whatever it says must be fit for a file and a terminal.
+  reason = reason.encode("utf-8", "replace").decode("utf-8")
+  return base.Verdict(reward, correct, numbers | {"reward": reward}, reason)
+
+
+def _prompt(example: base.Example, style: str) -> str:
+  base.check_style(style, STYLES)
+  if style in prompts.STYLES:
+    return prompts.question(example["prompt"], style)
+  return example["prompt"]
+
+
+def _demonstration(example: base.Example) -> str:
+  if not isinstance(example.get("demonstration"), str):
+    raise ValueError(
+      f"the row with the prompt {example['prompt']!r:.60} has no text"
+      " 'demonstration', which supervised training needs."
+    )
+  return example["demonstration"]
+
+
+def parse_row(row) -> base.Example:
+  """Turns a row into an example: all its fields, the text as `prompt`."""
+  prompt = files.field(row, "prompt", "question", "problem")
+  if not isinstance(prompt, str) or not prompt:
+    raise ValueError(f"expected text as the prompt, got {prompt!r:.60}.")
+  return {**row, "prompt": prompt}
+
+
+def make_task(target: str, settings: RewardSettings) -> base.Task:
+  """Makes the task that a user's function scores.
+
+  Args:
+    target: `module:function`.
+    settings: how it is called.
+
+  Raises:
+    ValueError: the name is not of that form.
+  """
+  workers.check_target(target)
+
+  def pool() -> workers.Workers:
+    return _pool(target, settings.processes, settings.limits)
+
+  def load(split: str, data: base.DataSettings) -> Sequence[base.Example]:
+    base.check_split(split)
+    if not data.source:
+      raise ValueError(
+        f"task.name={target} needs data.source=PATH, a JSONL file with a prompt"
+        " and what else the function wants to know in each row; write {split}"
+        " in the path for one file a split."
+      )
+    examples = files.load_split(data.source, split, parse_row)
+    pool().start()
+    return examples
+
+  def verify_all(pairs, protocol="strict", weights=None):
+    base.check_protocol(protocol)
+    weight = base.resolve_weights(WEIGHTS, weights)["reward"]
+    verdicts = [verdict(outcome) for outcome in pool().map(pairs)]
+    return [
+      dataclasses.replace(found, reward=weight * found.reward)
+      for found in verdicts
+    ]
+
+  def verify(example, completion, protocol="strict", weights=None):
+    return verify_all([(example, completion)], protocol, weights)[0]
+
+  return base.Task(
+    target,
+    load,
+    _prompt,
+    _demonstration,
+    None,
+    verify,
+    WEIGHTS,
+    STYLES,
+    verify_all=verify_all,
+  )
+
+
+def with_extra(task: base.Task, settings: RewardSettings) -> base.Task:
+  """Adds the score of `settings.extra` to a task's rewards.
+
+  Its part is called `extra`, with weight 1 unless the weights say otherwise; a
+  score of its own never makes an answer correct.
+  """
+  workers.check_target(settings.extra)
+
+  def pool() -> workers.Workers:
+    return _pool(settings.extra, settings.processes, settings.limits)
+
+  def load(split, data):
+    pool().start()
+    return task.load(split, data)
+
+  def judge(pairs, protocol="strict", weights: Mapping | None = None):
+    weights = dict(weights or {})
+    weight = weights.pop(EXTRA, 1.0)
+    verdicts = task.judge(pairs, protocol, weights or None)
+    extras = [verdict(outcome) for outcome in pool().map(pairs)]
+    return [
+      base.Verdict(
+        own.reward + weight * extra.reward,
+        own.correct,
+        own.parts | {EXTRA: extra.reward},
+        f"{own.reason}; {EXTRA}: {extra.reason}",
+      )
+      for own, extra in zip(verdicts, extras, strict=True)
+    ]
+
+  def verify(example, completion, protocol="strict", weights=None):
+    return judge([(example, completion)], protocol, weights)[0]
+
+  return dataclasses.replace(
+    task,
+    load=load,
+    verify=verify,
+    verify_all=judge,
+    weights={**task.weights, EXTRA: 1.0},
+  )
