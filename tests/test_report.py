@@ -831,7 +831,3 @@ def test_a_single_odd_run_makes_a_page_without_complaint(
   browser.open(out)
   assert browser.complaints() == []
   assert browser.run("document.querySelectorAll('.chart canvas').length") >= 1
-
-
-if __name__ == "__main__":
-  write_sweep(pathlib.Path(sys.argv[1]), steps=150)

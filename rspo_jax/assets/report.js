@@ -475,6 +475,8 @@ function layControls() {
     control.addEventListener("input", set);
     set();
   };
+  // Many bands on top of each other show nothing.
+  if (groups.length > 6) $("band").value = "none";
   remember("axis", "axis");
   remember("smoothing", "smoothing", Number);
   remember("band", "band");
