@@ -313,6 +313,12 @@ def build(config, devices: int) -> Settings:
       "temperature > 0."
     )
   if not supervised and not config.model.path:
+    if config.task.prompt_style != "compact":
+      raise ValueError(
+        f"model.path='' names no checkpoint, and task.name={task.name!r} needs "
+        "one that reads and writes text: give --config.model.path=FOLDER with "
+        "LLaDA or Dream in the Hugging Face layout."
+      )
     raise ValueError(
       "model.path='' names no checkpoint, and reinforcement learning needs "
       f"one; give a folder or one of "

@@ -1,0 +1,29 @@
+"""RSPO on MATH, competition problems with LaTeX answers, with a real checkpoint.
+
+    python -m rspo_jax.main --config=configs/math500.py \\
+        --config.model.path=LLADA --config.data.source=math_{split}.jsonl
+
+`data.source` holds rows with problem and answer, or problem and solution with
+the answer in its last box; `{split}` stands for train, validation and test.
+Answers are compared by math-verify: pip install -r requirements-math.txt.
+
+Arguments: as in configs/gsm8k.py.
+"""
+
+from configs import base, gsm8k
+
+
+def get_config(arg: str = ""):
+  """Returns the config of the MATH run."""
+  config = base.get_config()
+  gsm8k.real_model(config)
+  config.task.name = "math500"
+  config.rollout.group_size = 16
+  config.eval.prompts = 0  # all 500 of the test split
+  gsm8k.SWITCHES["calibrated"](config)
+  return base.apply(config, arg, gsm8k.SWITCHES)
+
+
+def sweep():
+  """The runs of launch/sweep.py: as for GSM8K."""
+  return gsm8k.sweep()
