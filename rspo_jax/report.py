@@ -891,6 +891,12 @@ def build(
       notes.append(f"left out {error}.")
   if not runs:
     raise ValueError(f"no run could be read: {' '.join(notes)}")
+  # A comparison should say whom it lacks.
+  for parent in dict.fromkeys(path.parent for path in paths):
+    for row in _sweep_rows(parent):
+      if row.get("status") == "failed":
+        why = row.get("why") or "no reason is known"
+        notes.append(f"{row.get('workdir')} of the sweep failed: {why}")
   return group_runs(runs), notes
 
 

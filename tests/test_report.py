@@ -290,6 +290,21 @@ def test_runs_that_differ_in_the_seed_alone_are_a_group(tmp_path):
   }
 
 
+def test_the_page_names_the_runs_that_a_sweep_lost(tmp_path):
+  write_sweep(tmp_path, seeds=1, steps=4)
+  sweep = json.loads((tmp_path / "sweep.json").read_text())
+  sweep["runs"]["lost-seed0"] = {
+    "entry": "lost",
+    "workdir": "lost-seed0",
+    "status": "failed",
+    "why": "exit status 3: the loss is not finite",
+  }
+  (tmp_path / "sweep.json").write_text(json.dumps(sweep))
+  assert payload_of(tmp_path)["notes"] == [
+    "lost-seed0 of the sweep failed: exit status 3: the loss is not finite"
+  ]
+
+
 def test_a_folder_named_twice_counts_once(tmp_path):
   write_run(tmp_path / "runs" / "a")
   data = payload_of(tmp_path / "runs", tmp_path / "runs" / "a")
