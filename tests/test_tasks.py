@@ -2,6 +2,8 @@
 
 import fractions
 import json
+import os
+import random
 import re
 import time
 
@@ -10,7 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from rspo_jax import workers
 from rspo_jax.tasks import TASKS, answers, base, d1
+from rspo_jax.tasks import math500 as math500_module
 
 COUNTDOWN = {"ground_truth": [[3, 4, 5], 23], "solution": "3+4*5"}
 SUDOKU = {"puzzle": "0310200404001043", "ground_truth": "4312213434211243"}
@@ -19,8 +23,21 @@ TWO_SOLUTIONS = {
   "ground_truth": "2134342143121243",
 }
 GSM8K = {"question": "How many?", "ground_truth": 18.0, "answer_string": "18"}
-EXAMPLES = {"countdown": COUNTDOWN, "sudoku": SUDOKU, "gsm8k": GSM8K}
+MATH500 = {"question": "How much?", "ground_truth": "\\frac{1}{2}"}
+EXAMPLES = {
+  "countdown": COUNTDOWN,
+  "sudoku": SUDOKU,
+  "gsm8k": GSM8K,
+  "math500": MATH500,
+}
 GENERATED = ("countdown", "sudoku")
+# Verifiers that run in process, in time linear in the completion.
+LINEAR = [
+  (task, protocol)
+  for task in EXAMPLES
+  for protocol in base.PROTOCOLS
+  if (task, protocol) != ("math500", "strict")
+]
 
 
 def countdown(completion, *arguments, **options):
@@ -33,6 +50,10 @@ def sudoku(completion, *arguments, **options):
 
 def gsm8k(completion, *arguments, **options):
   return TASKS["gsm8k"].verify(GSM8K, completion, *arguments, **options)
+
+
+def math500(completion, *arguments, **options):
+  return TASKS["math500"].verify(MATH500, completion, *arguments, **options)
 
 
 def rows_of(path):
@@ -461,6 +482,133 @@ class TestGsm8k:
       TASKS["gsm8k"].load("test", base.DataSettings())
 
 
+class TestMath500:
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "0.5",
+      r"\boxed{\frac{1}{2}}",
+      r"<answer>\boxed{\dfrac12}</answer>",
+      r"<answer>\frac{2}{4}</answer>",
+      r"<answer>\boxed{0.5</answer>",
+      r"\boxed{3} no, \boxed {.5}",
+      r"so \boxed 0.5$ it is",
+      r"<answer>\boxed{ \frac { 50 } { 100 } }</answer><|eot_id|>",
+    ],
+  )
+  def test_answers_that_need_no_worker(self, completion, monkeypatch):
+    monkeypatch.setattr(math500_module, "_ask", None)
+    verdict = math500(completion)
+    assert verdict.correct and verdict.reward == 1.0, verdict
+    assert verdict.parts == {"correct": 1.0, "format": 1.0}
+
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "",
+      "the answer is 0.5",
+      r"\boxed{1}",
+      r"\boxed{0.5",
+      r"\boxed{0.5} or \boxed{",
+      r"\boxed{\frac{1}{0}}" + " " * 100 + r"\boxed{2}",
+      "<answer></answer>0.5",
+      "<answer>0.5</answer><answer>2</answer>",
+      r"\boxed{9^{9^{9}}}",
+      r"\boxed{99999!}",
+      r"\boxed{(3!)!}",
+      r"\boxed{2^{1000000}}",
+      "<answer>" + "0.5 " * 1000 + "</answer>",
+    ],
+  )
+  def test_wrong_answers_that_need_no_worker(self, completion, monkeypatch):
+    monkeypatch.setattr(math500_module, "_ask", None)
+    verdict = math500(completion)
+    assert not verdict.correct and verdict.reward == 0.0, verdict
+
+  @pytest.mark.parametrize(
+    "answer",
+    [
+      "x^5-x^4+x^3", "e^{x^2}", "a^{b^{c}}", "2^{1994}", "10!", "e^{2\\pi i}",
+      "(x^2+1)^{3}", "7! \\times 2!", "x^{2^n}", "\\sqrt[3]{x^2}+y^2z^2",
+    ],
+  )  # fmt: skip
+  def test_what_can_be_written_down_is_compared(self, answer):
+    assert not math500_module.explodes(answer)
+
+  def test_what_math_verify_decides(self):
+    pairs = {
+      (r"15\mbox{ cm}^2", "15"): True,
+      (r"\text{(C)}", "C"): True,
+      (r"10,\!080", r"7! \times 2!"): True,
+      (r"x \in [-2,7]", "[-2, 7]"): True,
+      ("3, 5, 7", "3, 7, 5"): True,
+      ("5", "5, 6"): False,
+      ("5", r"\frac"): False,
+      ("5", r"\input{/etc/passwd}"): False,
+      (r"\left(3, \frac{\pi}{2}\right)", r"(3,\frac{\pi}{3})"): False,
+      (r"\frac{1}{3}", "0.33"): False,
+    }
+    judged = TASKS["math500"].judge(
+      [({"ground_truth": gold}, rf"\boxed{{{a}}}") for gold, a in pairs]
+    )
+    assert [v.correct for v in judged] == list(pairs.values())
+
+  def test_a_comparison_that_does_not_end_is_wrong_and_says_so(
+    self, monkeypatch
+  ):
+    monkeypatch.setattr(
+      math500_module,
+      "_pool",
+      lambda: workers.Workers(
+        "time:sleep", 1, workers.Limits(time_s=0.2), quiet=True
+      ),
+    )
+    monkeypatch.setattr(
+      math500_module, "_ask", lambda calls: math500_module._pool().map([(9,)])
+    )
+    verdict = math500(r"\boxed{x}")
+    assert not verdict.correct and verdict.reward == 0.0
+    assert verdict.reason == "no verdict: took longer than 0.2 s"
+
+  def test_published_rows_are_read(self, shared):
+    source = str(shared / "data/math500_rebuilt.jsonl")
+    settings = base.DataSettings(source=source)
+    examples = TASKS["math500"].load("test", settings)
+    assert len(examples) == 500
+    rest = [
+      len(TASKS["math500"].load(split, settings))
+      for split in ("train", "validation")
+    ]
+    assert sum(rest) == 500 and rest[1] > 10
+
+  def test_the_answer_may_stand_in_the_solution(self, tmp_path):
+    row = {"problem": "a", "solution": r"so \boxed{x^2}", "level": 3}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    (example,) = TASKS["math500"].load("test", settings)
+    assert example == {"question": "a", "ground_truth": "x^2", "level": 3}
+
+  @pytest.mark.parametrize(
+    ("row", "message"),
+    [
+      ({"problem": "a"}, r"a.jsonl:1: expected a field 'solution'"),
+      ({"problem": "a", "solution": "5"}, r"a.jsonl:1: expected a solution"),
+      ({"problem": "a", "answer": 5}, r"a.jsonl:1: expected text"),
+      ({"problem": "a", "answer": " "}, r"a.jsonl:1: .*empty"),
+      ({"problem": "a", "answer": "{"}, r"a.jsonl: the answer '{' cannot be"),
+    ],
+  )
+  def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match=message):
+      TASKS["math500"].load("test", settings)
+
+  def test_without_a_source_the_remedy_is_named(self):
+    with pytest.raises(ValueError, match=r"data\.source=PATH"):
+      TASKS["math500"].load("test", base.DataSettings())
+
+
 class TestD1:
   @hypothesis.given(
     st.text(alphabet="0123456789+-*/(). \n", max_size=16).filter(
@@ -628,6 +776,35 @@ class TestRecordings:
       parts = verify(row, row["train_text"], "d1").parts
       assert parts == pytest.approx(row["reference_reward"]), row["id"]
 
+  def test_math500_verdicts_and_rewards(self, shared):
+    rows = rows_of(shared / "fixtures/verifiers/math500.jsonl")
+    judge = TASKS["math500"].judge
+    judged = judge([(row, row["completion"]) for row in rows])
+    for row, strict in zip(rows, judged, strict=True):
+      # The disputed ones too: there math-verify is what is right.
+      assert strict.correct == row["math_verify_0_9_0"], row["id"]
+    judged = judge([(row, row["completion"]) for row in rows], "d1")
+    for row, same in zip(rows, judged, strict=True):
+      assert same.correct == row["reference_eval"]["correct"], row["id"]
+    judged = judge([(row, row["train_text"]) for row in rows], "d1")
+    for row, same in zip(rows, judged, strict=True):
+      assert same.parts == row["reference_reward"], row["id"]
+
+  def test_150_answers_in_latex_a_second_on_two_workers(self, shared):
+    rows = rows_of(shared / "fixtures/verifiers/math500.jsonl")
+    pool = math500_module._pool()
+    pool.start()
+
+    def seconds():
+      return time.process_time() + sum(
+        cpu_seconds(worker.process.pid) for worker in pool._slots if worker
+      )
+
+    started = seconds()
+    TASKS["math500"].judge([(row, row["completion"]) for row in rows])
+    # Processor time, halved: what two workers with a core each would take.
+    assert len(rows) / (seconds() - started) * 2 >= 150
+
   def test_hostile_completions(self, shared):
     for row in rows_of(shared / "fixtures/hostile/hostile.jsonl"):
       if row["task"] not in EXAMPLES:
@@ -639,6 +816,7 @@ class TestRecordings:
         started = time.process_time()
         verdict = TASKS[row["task"]].verify(row, text, protocol)
         assert time.process_time() - started < 0.5, row["id"]
+        assert base.NO_VERDICT not in verdict.reason, row["id"]
         if protocol == "d1" or row["expected"] is None:
           continue
         assert verdict.correct == row["expected"], row["id"]
@@ -656,12 +834,21 @@ class TestRecordings:
       settings = base.DataSettings(source=str(shared / "data" / name))
       assert len(TASKS[task].load("test", settings)) == count
 
-  @pytest.mark.parametrize("task", sorted(EXAMPLES))
-  @pytest.mark.parametrize("protocol", base.PROTOCOLS)
+  @pytest.mark.parametrize(("task", "protocol"), LINEAR)
   def test_recorded_completions_a_second(self, shared, task, protocol):
     rows = rows_of(shared / f"fixtures/verifiers/{task}.jsonl")
-    least = 10_000 if task == "gsm8k" else 20_000
+    least = 20_000 if task in GENERATED else 10_000
     assert rate(task, [(r, r["completion"]) for r in rows], protocol) >= least
+
+
+def cpu_seconds(process):
+  """Processor time of another process."""
+  try:
+    with open(f"/proc/{process}/stat") as handle:
+      fields = handle.read().rpartition(")")[2].split()
+  except OSError:
+    pytest.skip("no /proc to read processor times of workers from")
+  return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def rate(task, pairs, protocol):
@@ -694,27 +881,69 @@ PIECES = [
   "<answer>", "</answer>", "<answer", "\\boxed{", "\\boxed ", "}", "{", "(",
   ")", "3", "4", "5", "+", "*", "/", "-", "=", "23", "4312213434211243", "```",
   " ", "\n", "<|endoftext|>", "<|", "\\times", "$", "\x00", "\ud800", "é", "٣",
-  ".", "**", "0", "9" * 30,
+  ".", "**", "0", "9" * 30, "\\frac", "^", "!", "x", "\\sqrt",
 ]  # fmt: skip
+
+
+ANY = st.one_of(
+  st.text(max_size=60),
+  st.lists(st.sampled_from(PIECES), max_size=24).map("".join),
+)
+
+
+def check_verdict(task, protocol, verdict):
+  """What holds of every verdict on every completion."""
+  verdict.reason.encode()
+  most = 1.0
+  if protocol == "d1":  # sums of five and of two rewards
+    most = {"gsm8k": 4.0, "math500": 2.75}.get(task, 1.0)
+  assert -1.0 <= verdict.reward <= most
+  if most == 1.0:
+    assert all(0.0 <= value <= 1.0 for value in verdict.parts.values())
+
+
+@hypothesis.given(completion=ANY)
+@hypothesis.settings(max_examples=1000, deadline=None)
+def test_any_completion_gets_a_verdict(completion):
+  for task, protocol in LINEAR:
+    verdict = TASKS[task].verify(EXAMPLES[task], completion, protocol)
+    check_verdict(task, protocol, verdict)
+
+
+@hypothesis.given(completions=st.lists(ANY, min_size=40, max_size=40))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_any_completion_gets_a_verdict_from_the_workers(completions):
+  boxed = [f"\\boxed{{{completion}}}" for completion in completions[::2]]
+  pairs = [(MATH500, text) for text in completions[1::2] + boxed]
+  for verdict in TASKS["math500"].judge(pairs):
+    check_verdict("math500", "strict", verdict)
+
+
+def random_completion(rng):
+  """Pieces of answers and arbitrary characters, faster than hypothesis."""
+  pieces = rng.choices(PIECES, k=rng.randrange(40))
+  if rng.random() < 0.3:
+    pieces += [chr(rng.randrange(0x11000)) for _ in range(rng.randrange(20))]
+    rng.shuffle(pieces)
+  return "".join(pieces)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("task", "protocol"),
+  [(t, p) for t in sorted(EXAMPLES) for p in base.PROTOCOLS],
+)
+def test_100000_random_completions_get_a_verdict(task, protocol):
+  rng = random.Random(f"{task} {protocol}")
+  for _ in range(100):
+    pairs = [(EXAMPLES[task], random_completion(rng)) for _ in range(1000)]
+    for verdict in TASKS[task].judge(pairs, protocol):
+      check_verdict(task, protocol, verdict)
 
 
 @pytest.mark.parametrize("protocol", base.PROTOCOLS)
 @pytest.mark.parametrize("task", sorted(EXAMPLES))
 class TestEveryTask:
-  @hypothesis.given(
-    completion=st.one_of(
-      st.text(max_size=200),
-      st.lists(st.sampled_from(PIECES), max_size=40).map("".join),
-    )
-  )
-  @hypothesis.settings(max_examples=1000, deadline=None)
-  def test_any_completion_gets_a_verdict(self, task, protocol, completion):
-    verdict = TASKS[task].verify(EXAMPLES[task], completion, protocol)
-    verdict.reason.encode()
-    if (task, protocol) != ("gsm8k", "d1"):  # the sum of five rewards
-      assert 0.0 <= verdict.reward <= 1.0
-      assert all(0.0 <= value <= 1.0 for value in verdict.parts.values())
-
   @pytest.mark.parametrize(
     "unit",
     [
@@ -765,7 +994,8 @@ def test_verifying_imports_neither_jax_nor_dataset_libraries():
 
   code = (
     "import sys, rspo_jax.tasks;"
-    "print([m for m in ('jax','grain','tensorflow_datasets','tensorflow')"
+    "print([m for m in ('jax','grain','tensorflow_datasets','tensorflow',"
+    "'sympy','math_verify')"
     " if m in sys.modules])"
   )
   done = subprocess.run(

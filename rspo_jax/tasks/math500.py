@@ -251,7 +251,7 @@ def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
   outcomes = _ask([("readable", gold) for gold in golds or ["0"]])
   for gold, outcome in zip(golds, outcomes, strict=bool(golds)):
     if outcome.value is not True:
-      why = outcome.reason or "math-verify finds nothing in it"
+      why = outcome.reason or "math-verify finds no expression in it"
       raise ValueError(
         f"data.source={settings.source}: the answer {gold[:80]!r} cannot be"
         f" read ({why}); correct it or leave the row out."

@@ -30,8 +30,8 @@ def _parse(latex: str):
 
 
 def readable(gold: str) -> bool:
-  """Whether a gold answer can be compared with anything."""
-  return bool(_parsed_gold(gold))
+  """Whether a gold answer is an expression; what is not stays a string."""
+  return any(not isinstance(found, str) for found in _parsed_gold(gold))
 
 
 def equal(gold: str, answer: str) -> bool:
