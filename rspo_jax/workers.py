@@ -533,7 +533,7 @@ def serve(
     return
   _write(replies, b'{"ready": true}\n')
   _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-  burst = math.ceil(time_s * (os.cpu_count() or 1)) + 2
+  burst = math.ceil(time_s * (os.cpu_count() or 1)) + 1
   for line in requests:
     if hard == resource.RLIM_INFINITY:
       used = math.ceil(time.process_time())
