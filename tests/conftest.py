@@ -17,3 +17,39 @@ def shared() -> pathlib.Path:
   if not (folder / "fixtures").is_dir():
     pytest.skip("no reference recordings: ../shared/fixtures is not there")
   return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+  """A tiny sudoku checkpoint and puzzles: `command(workdir, **overrides)`.
+
+  `command` returns the argv of a small run; `command.checkpoint`,
+  `command.puzzles` and `command.cache` name what it uses.
+  """
+  import functools
+
+  import tiny_runs
+
+  folder = tmp_path_factory.mktemp("tiny")
+  with tiny_runs.quick():
+    tiny_runs.save_checkpoint(folder / "checkpoint")
+  tiny_runs.save_puzzles(folder / "puzzles.jsonl")
+  command = functools.partial(
+    tiny_runs.command,
+    checkpoint=folder / "checkpoint",
+    puzzles=folder / "puzzles.jsonl",
+    cache=folder / "compiled",
+  )
+  command.checkpoint = folder / "checkpoint"
+  command.puzzles = folder / "puzzles.jsonl"
+  command.cache = folder / "compiled"
+  return command
+
+
+@pytest.fixture
+def quick_runs():
+  """Runs with the same settings share what they compiled, and that fast."""
+  import tiny_runs
+
+  with tiny_runs.quick():
+    yield

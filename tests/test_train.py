@@ -1,0 +1,551 @@
+"""Whole runs, tiny: what they leave behind, and that nothing can be lost."""
+
+import itertools
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+
+import rspo_jax
+from rspo_jax import main, train
+from rspo_jax.checkpoint import Checkpointer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+KINDS = ("greedy", "sampled")
+STEPS = tiny_runs.SMALL["run.steps"]
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
+class CrashError(Exception):
+  """What ends a run without any of its own doing."""
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+  """The folder of a run that nothing disturbed."""
+  folder = tmp_path_factory.mktemp("whole") / "run"
+  with tiny_runs.quick():
+    assert main.main(tiny(folder, run__tensorboard=True)) == 0
+  return folder
+
+
+@pytest.fixture(scope="module")
+def whole_supervised(tiny, tmp_path_factory):
+  """The folder of an undisturbed supervised run."""
+  folder = tmp_path_factory.mktemp("supervised") / "run"
+  with tiny_runs.quick():
+    assert main.main(tiny(folder, **supervised())) == 0
+  return folder
+
+
+def supervised():
+  """Overrides of a supervised run with corrupt demonstrations."""
+  values = tiny_runs.SUPERVISED | {
+    "data.corrupt_share": 0.5,
+    "likelihood.scope": "canvas",
+    "optimizer.schedule": "cosine",
+  }
+  return {key.replace(".", "__"): value for key, value in values.items()}
+
+
+@pytest.fixture
+def program(tiny):
+  """The compiled program of the runs here (but the supervised ones)."""
+  return tiny_runs.program_of(tiny("unused"))
+
+
+def newest(folder, program):
+  """The newest checkpoint of a run."""
+  with Checkpointer(folder / "checkpoints") as checkpointer:
+    return checkpointer.restore(program.state_template)
+
+
+def assert_same_run(folder, whole, program):
+  """Two runs left the same metrics, samples, parameters and moments."""
+  assert tiny_runs.repeatable(folder) == tiny_runs.repeatable(whole)
+  for name in ("samples", "model"):
+    one, other = tiny_runs.files(folder / name), tiny_runs.files(whole / name)
+    assert one == other
+  one, other = newest(folder, program), newest(whole, program)
+  assert one.step == other.step == STEPS
+  jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+
+
+# What a run leaves behind.
+
+
+def test_a_run_leaves_the_files_of_the_contract(whole):
+  names = {path.name for path in whole.iterdir()}
+  assert names == {
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "samples",
+    "tensorboard",
+    "model",
+    "summary.json",
+  }
+  config = json.loads((whole / "config.json").read_text())
+  assert config["rollout"]["prompts"] == 8
+  assert config["run"]["steps"] == STEPS
+  kept = sorted(path.name for path in (whole / "checkpoints").iterdir())
+  assert kept == ["step_00000002", "step_00000004", "step_00000005"]
+  summary = json.loads((whole / "summary.json").read_text())
+  rows = tiny_runs.rows(whole)
+  for part, row in (("before", rows[0]), ("after", rows[-1])):
+    expected = {k: v for k, v in row.items() if k.startswith("eval/")}
+    assert summary[part] == expected
+
+
+def test_metrics_hold_every_step_once_with_the_keys_of_the_contract(whole):
+  rows = tiny_runs.rows(whole)
+  assert [row["step"] for row in rows] == list(range(STEPS + 1))
+  evaluation = {
+    "eval/accuracy",
+    "eval/accuracy_sampled",
+    "eval/reward",
+    "eval/n",
+    "eval/ci_low",
+    "eval/ci_high",
+  }
+  step = {
+    "loss",
+    "grad_norm",
+    "lr",
+    "reward/mean",
+    "reward/std",
+    "reward/equal_groups",
+    "score/relative_mean",
+    "score/relative_std",
+    "score/mask_variance",
+    "gap/std",
+    "gap/lambda_share",
+    "calibration/slope",
+    "calibration/correlation",
+    "rollout/tokens_per_s",
+    "rollout/denoiser_calls",
+    "rollout/length_mean",
+    "time/rollout_s",
+    "time/reward_s",
+    "time/score_s",
+    "time/update_s",
+    "time/step_s",
+  }
+  for row in rows:
+    assert step <= row.keys() or row["step"] == 0
+    evaluated = row["step"] in (0, 2, 4, STEPS)
+    assert (evaluation <= row.keys()) == evaluated
+    assert all(math.isfinite(value) for value in row.values())
+  assert rows[0]["eval/n"] == 12
+
+
+def test_at_the_start_policy_and_reference_score_exactly_alike(whole):
+  rows = tiny_runs.rows(whole)
+  assert rows[1]["score/relative_std"] == rows[1]["score/relative_mean"] == 0
+  assert rows[1]["score/mask_variance"] == rows[1]["loss"] == 0
+  assert rows[1]["grad_norm"] > 0
+  assert rows[2]["score/relative_std"] > 0
+
+
+def test_samples_hold_prompt_completion_reward_and_verdict(whole):
+  names = sorted(path.name for path in (whole / "samples").iterdir())
+  evaluated = [f"{step:06d}" for step in (0, 2, 4, STEPS)]
+  assert names == sorted(
+    [f"eval-{s}-{kind}.jsonl" for s in evaluated for kind in KINDS]
+    + [f"train-{step:06d}.jsonl" for step in range(1, STEPS + 1)]
+  )
+  puzzles = {}
+  for line in (whole / "samples" / "train-000001.jsonl").open():
+    row = json.loads(line)
+    puzzles[row["prompt"]] = puzzles.get(row["prompt"], 0) + 1
+    assert row["reward"] == pytest.approx(share_of_cells(row))
+    assert row["reward"] == row["verdict"]["reward"]
+    assert row["correct"] == row["verdict"]["correct"]
+  assert list(puzzles.values()) == [4] * 8  # groups of one prompt each
+  rows = [
+    json.loads(line)
+    for line in (whole / "samples" / "eval-000000-greedy.jsonl").open()
+  ]
+  assert [row["index"] for row in rows] == list(range(12))
+
+
+def share_of_cells(row):
+  """Share of empty cells that the completion has right, by brute force."""
+  puzzle, completion = row["prompt"], row["completion"]
+  lines = [
+    [
+      line
+      for line in itertools.permutations("1234")
+      if all(c in ("0", d) for c, d in zip(puzzle[i:], line, strict=False))
+    ]
+    for i in (0, 4, 8, 12)
+  ]
+  # The one grid that keeps the clues: rows, columns and boxes hold 1..4.
+  for grid in itertools.product(*lines):
+    cells = "".join("".join(line) for line in grid)
+    units = [cells[i::4] for i in range(4)]
+    units += [cells[i : i + 2] + cells[i + 4 : i + 6] for i in (0, 2, 8, 10)]
+    if all(len(set(unit)) == 4 for unit in units):
+      break
+  digits = completion[:16].ljust(16, "0")
+  empty = [i for i, cell in enumerate(puzzle) if cell == "0"]
+  return sum(digits[i] == cells[i] for i in empty) / len(empty)
+
+
+def test_model_folder_holds_the_parameters_of_the_last_checkpoint(
+  whole, program
+):
+  model = rspo_jax.load_model(whole / "model")
+  assert model.tokenizer.decode(model.tokenizer.encode("1234")) == "1234"
+  state = newest(whole, program).state
+  jax.tree.map(np.testing.assert_array_equal, model.params, state.params)
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()),
+    program.params,
+    state.params,
+  )
+  assert max(jax.tree.leaves(moved)) > 1e-4
+
+
+def test_nothing_is_compiled_twice_in_a_run(whole, program):
+  del whole
+  counts = program.compiled_programs()
+  assert counts.pop("present_fn") == 0  # dropped groups: scores come later
+  assert set(counts.values()) == {1}, counts
+
+
+def test_the_same_command_on_a_finished_run_says_so(whole, tiny, capsys):
+  before = tiny_runs.files(whole)
+  assert main.main(tiny(whole)) == 0
+  assert "finished" in capsys.readouterr().out
+  assert tiny_runs.files(whole) == before
+
+
+def test_the_same_command_elsewhere_gives_the_same_run(
+  whole, tiny, tmp_path, program
+):
+  assert main.main(tiny(tmp_path / "again")) == 0
+  assert_same_run(tmp_path / "again", whole, program)
+
+
+def test_tensorboard_shows_what_metrics_hold(whole):
+  events = b"".join(tiny_runs.files(whole / "tensorboard").values())
+  for key in tiny_runs.rows(whole)[-1]:
+    assert key == "step" or key.encode() in events
+
+
+# Interruption.
+
+
+def disturb(monkeypatch, method, step, action):
+  """Does `action(run)` once, before a method is called at a step."""
+  original, left = getattr(train.Run, method), [action]
+
+  def wrapped(run, *args):
+    if run.step == step and left:
+      left.pop()(run)
+    return original(run, *args)
+
+  monkeypatch.setattr(train.Run, method, wrapped)
+
+
+def ask_to_stop(run):
+  """SIGTERM, as a scheduler sends it."""
+  os.kill(os.getpid(), signal.SIGTERM)
+  while not run.interrupt.requested:
+    time.sleep(1e-3)
+
+
+def crash(run):
+  """The end of the process, as far as the run can tell."""
+  raise CrashError(run.step)
+
+
+POINTS = [
+  ("evaluate", 0),
+  ("stop_if_asked", 0),
+  ("train_one", 0),
+  ("train_one", 1),
+  ("stop_if_asked", 2),
+  ("train_one", 2),
+  ("train_one", 3),
+  ("evaluate", 4),
+  ("train_one", 4),
+  ("stop_if_asked", 5),
+]
+
+
+@pytest.mark.parametrize(("method", "step"), POINTS)
+def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(
+  method, step, whole, tiny, tmp_path, monkeypatch, program, capsys
+):
+  folder = tmp_path / "run"
+  disturb(monkeypatch, method, step, ask_to_stop)
+  assert main.main(tiny(folder)) == 75
+  assert "the same command goes on" in capsys.readouterr().out
+  assert not (folder / "summary.json").exists()
+  assert newest(folder, program).step in (step, step + 1)
+  assert main.main(tiny(folder)) == 0
+  assert_same_run(folder, whole, program)
+
+
+@pytest.mark.parametrize(
+  ("method", "step"), [*POINTS[2:8:2], ("evaluate", 5), ("export", 5)]
+)
+def test_a_run_that_crashed_goes_on_as_if_it_had_not(
+  method, step, whole, tiny, tmp_path, monkeypatch, program
+):
+  folder = tmp_path / "run"
+  disturb(monkeypatch, method, step, crash)
+  with pytest.raises(CrashError):
+    main.main(tiny(folder))
+  assert main.main(tiny(folder)) == 0
+  assert_same_run(folder, whole, program)
+
+
+def test_a_run_that_is_stopped_at_every_step_arrives_all_the_same(
+  whole, tiny, tmp_path, monkeypatch, program
+):
+  for step in range(STEPS):
+    disturb(monkeypatch, "train_one", step, ask_to_stop)
+    assert main.main(tiny(tmp_path)) == 75
+  assert main.main(tiny(tmp_path)) == 0
+  assert_same_run(tmp_path, whole, program)
+
+
+def test_a_supervised_run_goes_on_as_if_it_had_not_been_stopped(
+  whole_supervised, tiny, tmp_path, monkeypatch
+):
+  argv = tiny(tmp_path, **supervised())
+  disturb(monkeypatch, "train_one", 2, ask_to_stop)
+  assert main.main(argv) == 75
+  assert main.main(argv) == 0
+  program = tiny_runs.program_of(argv)
+  assert_same_run(tmp_path, whole_supervised, program)
+  counts = program.compiled_programs()
+  assert counts["update_fn"] == counts["greedy_fn"] == 1
+  assert counts["rollout_fn"] == counts["estimate_fn"] == 0
+
+
+def test_supervised_steps_lower_the_loss(whole_supervised):
+  rows = tiny_runs.rows(whole_supervised)[1:]
+  assert rows[-1]["loss"] < rows[0]["loss"] - 0.003
+  # cosine, from the peak down to 0
+  rates = [row["lr"] for row in rows]
+  expected = [
+    4e-3 * (1 + math.cos(math.pi * i / STEPS)) / 2 for i in range(STEPS)
+  ]
+  np.testing.assert_allclose(rates, expected, rtol=1e-5)
+
+
+def test_sigterm_ends_a_process_with_75_and_the_same_command_goes_on(
+  whole, tiny, tmp_path, program
+):
+  argv = tiny(tmp_path / "run")
+  process = subprocess.Popen(
+    [sys.executable, "-m", "rspo_jax.main", *argv[1:]],
+    cwd=ROOT,
+    env=environment(),
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  with process:
+    for line in process.stdout:
+      if line.startswith("compiling rollout"):
+        process.send_signal(signal.SIGTERM)
+        break
+    rest = process.stdout.read()
+  assert process.returncode == 75, rest
+  assert "SIGTERM" in rest
+  assert [row["step"] for row in tiny_runs.rows(tmp_path / "run")] == [0, 1]
+  assert main.main(argv) == 0
+  assert_same_run(tmp_path / "run", whole, program)
+
+
+def environment(**extra):
+  """Environment of a process that computes as the tests do."""
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    **extra,
+  }
+
+
+# Damage and faults.
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_said(
+  whole, tiny, tmp_path, monkeypatch, program, capsys
+):
+  disturb(monkeypatch, "train_one", 4, crash)
+  with pytest.raises(CrashError):
+    main.main(tiny(tmp_path))
+  damage(tmp_path / "checkpoints" / "step_00000004")
+  assert main.main(tiny(tmp_path)) == 0
+  assert "step_00000004" in capsys.readouterr().out
+  assert_same_run(tmp_path, whole, program)
+
+
+def damage(checkpoint):
+  """Flips a bit in the largest file of a checkpoint."""
+  path = max(checkpoint.rglob("*"), key=lambda path: path.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def test_a_run_without_any_good_checkpoint_stops_with_3(
+  tiny, tmp_path, monkeypatch, capsys
+):
+  disturb(monkeypatch, "train_one", 3, crash)
+  with pytest.raises(CrashError):
+    main.main(tiny(tmp_path))
+  damage(tmp_path / "checkpoints" / "step_00000002")
+  before = tiny_runs.files(tmp_path)
+  capsys.readouterr()
+  assert main.main(tiny(tmp_path)) == 3
+  assert "Move the folder away" in capsys.readouterr().err
+  assert tiny_runs.files(tmp_path) == before
+
+
+def test_a_value_that_is_not_finite_stops_with_3_and_names_it(
+  whole, tiny, tmp_path, monkeypatch, program, capsys
+):
+  original, left = train.Run.train_one, ["loss"]
+
+  def poisoned(run, batches):
+    values = original(run, batches)
+    return values | ({left.pop(): math.nan} if run.step == 3 and left else {})
+
+  monkeypatch.setattr(train.Run, "train_one", poisoned)
+  assert main.main(tiny(tmp_path)) == 3
+  assert "Step 3 is not finite: loss = nan" in capsys.readouterr().err
+  assert newest(tmp_path, program).step == 2
+  assert main.main(tiny(tmp_path)) == 0
+  assert_same_run(tmp_path, whole, program)
+
+
+@pytest.mark.parametrize(
+  ("error", "said"),
+  [
+    (OSError(28, "No space left on device"), "No space left"),
+    (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GB"), "micro_batch"),
+  ],
+)
+def test_a_full_disk_or_memory_stops_with_3(
+  error, said, whole, tiny, tmp_path, monkeypatch, program, capsys
+):
+  def fail(run):
+    raise error
+
+  disturb(monkeypatch, "train_one", 3, fail)
+  assert main.main(tiny(tmp_path)) == 3
+  assert said in capsys.readouterr().err
+  assert main.main(tiny(tmp_path)) == 0
+  assert_same_run(tmp_path, whole, program)
+
+
+# Other devices and processes.
+
+DEVICES = """
+import sys
+from rspo_jax import main
+import json
+for argv in json.loads(sys.argv[1]):
+  if main.main(argv):
+    sys.exit(1)
+"""
+
+
+@pytest.fixture(scope="module")
+def eight_devices(tiny, tmp_path_factory):
+  """Folders of the two whole runs, made on 8 virtual devices."""
+  folder = tmp_path_factory.mktemp("eight")
+  argvs = [
+    tiny(folder / "run", cache=""),
+    tiny(folder / "supervised", cache="", **supervised()),
+  ]
+  subprocess.run(
+    [sys.executable, "-c", DEVICES, json.dumps(argvs)],
+    cwd=ROOT,
+    env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=8"),
+    check=True,
+    stdout=subprocess.DEVNULL,
+  )
+  return folder
+
+
+def assert_agrees(folder, whole, steps=3):
+  """The first steps agree within 1e-5, their samples exactly."""
+  pairs = zip(
+    tiny_runs.repeatable(folder)[: steps + 1],
+    tiny_runs.repeatable(whole)[: steps + 1],
+    strict=True,
+  )
+  for one, other in pairs:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+      # Gap losses and what is made of d are differences of scores of order
+      # 1: their error is absolute.
+      assert value == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
+  names = [p.name for p in (whole / "samples").iterdir()]
+  for name in names:
+    if int(name.split(".")[0].split("-")[1]) <= steps:
+      one, other = folder / "samples" / name, whole / "samples" / name
+      assert one.read_bytes() == other.read_bytes(), name
+
+
+def test_eight_devices_give_the_run_of_one(
+  eight_devices, whole, whole_supervised
+):
+  assert_agrees(eight_devices / "run", whole)
+  assert_agrees(eight_devices / "supervised", whole_supervised)
+
+
+def test_a_run_of_eight_devices_goes_on_with_one(eight_devices, tiny, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(eight_devices / "run", folder)
+  (folder / "summary.json").unlink()
+  for step in (4, 5):
+    shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
+  # From the checkpoint of step 2; random weights make near-ties frequent, and
+  # the first of them that falls the other way changes a sample.
+  assert main.main(tiny(folder)) == 0
+  assert_agrees(folder, eight_devices / "run", 4)
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_run_of_one(tiny, tmp_path, whole):
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  folder = tmp_path / "run"
+  argv = tiny(folder, cache="")
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-m", "rspo_jax.main", *argv[1:]],
+      cwd=ROOT,
+      env=environment(
+        JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+        JAX_NUM_PROCESSES="2",
+        JAX_PROCESS_ID=str(index),
+      ),
+      stdout=subprocess.DEVNULL,
+    )
+    for index in range(2)
+  ]
+  assert [process.wait(timeout=600) for process in processes] == [0, 0]
+  assert_agrees(folder, whole)
+  assert (folder / "model" / "model.safetensors").exists()

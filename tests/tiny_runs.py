@@ -1,0 +1,167 @@
+"""Runs small enough for a test: a tiny checkpoint, its puzzles, a command.
+
+The model has random weights. On sudoku even those earn unequal rewards (some
+cells are right by luck), so that every step has a gradient.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+
+from rspo_jax.datasets import sudoku
+
+SHAPE = {
+  "width": 16,
+  "layers": 2,
+  "heads": 2,
+  "kv_heads": 2,
+  "mlp_width": 32,
+  "rope_theta": 10000.0,
+  "norm_eps": 1e-5,
+  "max_length": 64,
+  "vocabulary": "0 1 2 3 4",
+  "pattern": ".",
+}
+
+# 32 sequences a step in two micro-batches, two passes; 8 devices divide it.
+SMALL = {
+  "rollout.prompts": 8,
+  "rollout.group_size": 4,
+  "train.micro_batch": 16,
+  "sampler.steps": 4,
+  "eval.prompts": 12,
+  "eval.batch": 8,
+  "eval.every": 2,
+  "run.steps": 5,
+  "run.checkpoint_every": 2,
+  "run.keep_checkpoints": 3,
+  "run.samples_every": 1,
+  "run.tensorboard": False,
+  "optimizer.learning_rate": 4e-3,
+  # Adam divides a gradient by its own size: where that is rounding error, other
+  # devices would step the other way.
+  "optimizer.eps": 1e-4,
+}
+
+SUPERVISED = {
+  "objective.name": "sft",
+  "objective.lambda_": 0.0,
+  "rollout.prompts": 32,
+  "rollout.group_size": 1,
+  "likelihood.scheme": "uniform",
+  "likelihood.masks": 1,
+}
+
+
+_PROGRAMS: list = []
+
+
+@contextlib.contextmanager
+def quick():
+  """Compiles fast, and once for all runs with the same settings."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  from rspo_jax import train
+
+  build = train.build
+  before = jax.config.read("jax_disable_most_optimizations")
+
+  def shared_build(settings):
+    # What `run` says is no part of any program.
+    key = dataclasses.replace(settings, run=None)
+    for known, program in _PROGRAMS:
+      if known == key:
+        return dataclasses.replace(program, settings=settings)
+    _PROGRAMS.append((key, build(settings)))
+    return _PROGRAMS[-1][1]
+
+  jax.config.update("jax_disable_most_optimizations", True)
+  train.build = shared_build
+  try:
+    yield
+  finally:
+    train.build = build
+    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+
+
+def save_checkpoint(folder: pathlib.Path) -> None:
+  """Saves the tiny model as a checkpoint."""
+  import jax
+
+  from rspo_jax.models import fresh, hf_weights
+
+  model = fresh.new_model(SHAPE, jax.random.key(0))
+  hf_weights.save_model(model, folder)
+
+
+def save_puzzles(path: pathlib.Path, count: int = 400) -> None:
+  """Writes puzzles with their solutions as JSON lines."""
+  columns = sudoku.generate(0, "train", count).columns()
+  with open(path, "w") as file:
+    for puzzle, solution in zip(
+      np.asarray(columns["puzzle"]), columns["solution"], strict=True
+    ):
+      row = {"puzzle": text(puzzle), "solution": text(solution)}
+      file.write(json.dumps(row) + "\n")
+
+
+def text(value) -> str:
+  """A text column's entry as str."""
+  return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def command(workdir, checkpoint, puzzles, cache, **overrides) -> list[str]:
+  """argv of a run; keys of `overrides` as in a config, `__` for the dot."""
+  values = SMALL | {
+    "model.path": str(checkpoint),
+    "data.source": str(puzzles),
+    "run.compilation_cache": str(cache),
+  }
+  values |= {key.replace("__", "."): v for key, v in overrides.items()}
+  root = pathlib.Path(__file__).resolve().parent.parent
+  return [
+    "rspo_jax",
+    f"--config={root}/configs/sudoku.py",
+    f"--workdir={workdir}",
+    *(f"--config.{key}={value}" for key, value in values.items()),
+  ]
+
+
+def program_of(argv: list[str]):
+  """The program that a command builds; inside `quick`, the shared one."""
+  from rspo_jax import main, settings, train
+
+  return train.build(settings.build(main.parse(argv)[0], 1))
+
+
+def rows(folder: pathlib.Path) -> list[dict]:
+  """Rows of a run's metrics.jsonl."""
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def repeatable(folder: pathlib.Path) -> list[dict]:
+  """Rows without what depends on the clock."""
+  return [
+    {
+      key: value
+      for key, value in row.items()
+      if not (key.startswith("time/") or key.endswith("_per_s"))
+    }
+    for row in rows(folder)
+  ]
+
+
+def files(folder: pathlib.Path) -> dict[str, bytes]:
+  """Content of every file of a folder by its path inside."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
