@@ -259,3 +259,15 @@ def test_configs_of_real_models_say_what_they_need(name, tmp_path, shared):
   settings.build(main.parse(["", *arguments])[0], 1)
   with pytest.raises(ValueError, match=r"gsm8k_validation.jsonl' is not a"):
     settings.build(main.parse(["", *arguments[:-1]])[0], 1)
+
+
+def test_a_run_begun_before_a_key_existed_goes_on():
+  from rspo_jax import settings
+
+  config, *_ = main.parse(["", f"--config={ROOT}/configs/countdown.py"])
+  new = config.to_dict()
+  old = {group: keys for group, keys in new.items() if group != "reward"}
+  settings.check_same_run(old, new, "DIR")
+  new["reward"] = new["reward"] | {"extra": "sums:score"}
+  with pytest.raises(ValueError, match="reward.extra='sums:score'"):
+    settings.check_same_run(old, new, "DIR")
