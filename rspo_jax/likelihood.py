@@ -71,7 +71,7 @@ class LikelihoodSettings:
       raise ValueError(
         f"likelihood.scope={self.scope!r} must be one of {SCOPES}."
       )
-    size = self.draw_size
+    size = ESTIMATORS[self.scheme].draw_size
     if self.masks < 1 or self.masks % size:
       raise ValueError(
         f"likelihood.masks={self.masks} must be a positive multiple of {size} "
@@ -81,16 +81,25 @@ class LikelihoodSettings:
 
   @property
   def draw_size(self) -> int:
-    """Canvases C of one independent draw (2 for pairs)."""
-    return ESTIMATORS[self.scheme].draw_size
+    """Canvases of one independent draw: 2 for pairs, K for joint draws."""
+    estimator = ESTIMATORS[self.scheme]
+    return self.masks if estimator.joint else estimator.draw_size
 
 
 @dataclasses.dataclass(frozen=True)
 class Estimator:
-  """A mask scheme: its function and the canvases of one draw."""
+  """A mask scheme.
+
+  Attributes:
+    draw: (key, scored bool [N, L], draws U, prompt_length) -> corrupt
+      bool [N, U, C, L], rows i32 [N, U, R], weight f32 [N, U, C, R].
+    draw_size: canvases C of one draw.
+    joint: the U draws of a sequence depend on each other.
+  """
 
   draw: Callable
   draw_size: int
+  joint: bool = False
 
 
 def _ranks(noise, scored):
@@ -237,7 +246,7 @@ def fixed_count(key, scored, draws, prompt_length):
 
 ESTIMATORS = {
   "uniform": Estimator(uniform, 1),
-  "stratified": Estimator(stratified, 1),
+  "stratified": Estimator(stratified, 1, joint=True),
   "complementary": Estimator(complementary, 2),
   "fixed_count": Estimator(fixed_count, 2),
 }
