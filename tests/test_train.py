@@ -33,15 +33,6 @@ class CrashError(Exception):
 
 
 @pytest.fixture(scope="module")
-def whole(tiny, tmp_path_factory):
-  """The folder of a run that nothing disturbed."""
-  folder = tmp_path_factory.mktemp("whole") / "run"
-  with tiny_runs.quick():
-    assert main.main(tiny(folder, run__tensorboard=True)) == 0
-  return folder
-
-
-@pytest.fixture(scope="module")
 def whole_supervised(tiny, tmp_path_factory):
   """The folder of an undisturbed supervised run."""
   folder = tmp_path_factory.mktemp("supervised") / "run"

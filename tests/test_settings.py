@@ -1,0 +1,194 @@
+"""From a config to frozen settings; one run is told from another."""
+
+import dataclasses
+import json
+
+import pytest
+
+from configs import base, countdown, sft_countdown, sudoku
+from rspo_jax import settings
+
+
+@pytest.fixture
+def config(tiny):
+  """The sudoku config on the tiny checkpoint."""
+  config = sudoku.get_config()
+  config.model.path = str(tiny.checkpoint)
+  return config
+
+
+def test_settings_hold_what_the_config_says(config):
+  config.rollout.prompts, config.rollout.group_size = 6, 4
+  config.train.micro_batch = 12
+  config.rollout.temperature = 1.5
+  config.eval.temperature = 0.5
+  config.objective.lambda_ = 0.25
+  config.objective.lambda_unit = "sequence"
+  config.run.steps = 17
+  built = settings.build(config, 1)
+  assert built.rollout == settings.RolloutSettings(6, 4, 1.5)
+  assert built.sampler.temperature == 1.5
+  assert built.greedy.temperature == 0.0
+  assert built.sampled.temperature == 0.5
+  assert built.objective.lambda_ == 0.25
+  assert built.objective.group_size == 4
+  assert built.objective.draw_size == 2  # pairs, of the complementary scheme
+  assert built.optimizer.total_steps == built.run.steps == 17
+  assert built.step.micro_batch == 12 and built.step.shards == 1
+  assert built.model["folder"] == config.model.path
+  assert not built.supervised
+  with pytest.raises(dataclasses.FrozenInstanceError):
+    built.run.steps = 3
+
+
+@pytest.mark.parametrize(
+  ("length", "own", "expected"),
+  [
+    # eval.completion_length, eval.block_length and eval.steps -> L, block, T
+    (0, (0, 0), (16, 8, 8)),
+    (32, (0, 0), (32, 8, 16)),
+    (8, (0, 0), (8, 8, 4)),
+    (4, (0, 0), (4, 4, 2)),
+    (32, (16, 6), (32, 16, 6)),
+  ],
+)
+def test_steps_of_an_evaluation_follow_its_length(
+  length, own, expected, config
+):
+  config.sampler.completion_length = 16
+  config.sampler.block_length = 8
+  config.sampler.steps = 8
+  config.eval.completion_length = length
+  config.eval.block_length, config.eval.steps = own
+  for sampler in (
+    settings.build(config, 1).greedy,
+    settings.build(config, 1).sampled,
+  ):
+    found = sampler.completion_length, sampler.block_length, sampler.steps
+    assert found == expected
+
+
+def test_a_batch_must_be_divisible_by_the_devices_that_share_it(config):
+  config.rollout.prompts = 12
+  config.eval.batch = 256
+  config.train.micro_batch = 24
+  with pytest.raises(ValueError, match=r"rollout\.prompts=12 .* use 16"):
+    settings.build(config, 8)
+  config.rollout.prompts = 16
+  config.train.micro_batch = 12
+  with pytest.raises(ValueError, match=r"train\.micro_batch=12 .* use 16"):
+    settings.build(config, 8)
+  config.train.micro_batch = 16
+  config.eval.batch = 60
+  with pytest.raises(ValueError, match=r"eval\.batch=60 .* use 64"):
+    settings.build(config, 8)
+  config.eval.batch = 64
+  assert settings.build(config, 8).step.shards == 8
+  # Heads, not sequences, are split over the tensor axis.
+  config.mesh.tensor = 4
+  assert settings.build(config, 8).step.shards == 2
+
+
+def test_the_nearest_micro_batch_that_fits_is_named(config):
+  config.rollout.prompts, config.rollout.group_size = 15, 4
+  config.train.micro_batch = 25
+  with pytest.raises(ValueError, match=r"the 60 sequences .* use (20|30)"):
+    settings.build(config, 1)
+
+
+@pytest.mark.parametrize("number", [1, 2, 12, 97, 360, 2**20])
+def test_nearest_divisor_is_the_nearest_divisor(number):
+  for wish in (1, 2, 7, 50, number, 3 * number):
+    found = settings._nearest_divisor(number, wish)
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    assert abs(found - wish) == min(abs(d - wish) for d in divisors)
+    assert found in divisors
+
+
+def test_a_huge_batch_is_refused_at_once(config):
+  config.rollout.prompts = 2**30
+  config.train.micro_batch = 7
+  with pytest.raises(ValueError, match="use"):
+    settings.build(config, 1)
+
+
+def test_one_pass_is_refused_where_it_would_not_be_exact(config):
+  config.train.passes = "one"
+  config.objective.centring = "batch"
+  with pytest.raises(ValueError, match=r"train\.passes='one'.*'batch'"):
+    settings.build(config, 1)
+  total = config.rollout.prompts * config.rollout.group_size
+  config.train.micro_batch = total
+  settings.build(config, 1)
+
+
+def test_supervised_settings_know_that_they_are(config):
+  sft_countdown.supervised(config)
+  config.model.path = ""
+  assert settings.build(config, 1).supervised
+
+
+def test_embedded_checkpoints_resolve_to_the_package(tmp_path):
+  for name in settings.embedded_names():
+    folder = settings.resolve_model_path(f"embedded:{name}")
+    assert folder.endswith(f"rspo_jax/checkpoints/{name}")
+  assert settings.resolve_model_path("gs://bucket/x") == "gs://bucket/x"
+
+
+# One run and another.
+
+
+def as_dict(**changes):
+  """A resolved config with changed keys, `__` for the dot."""
+  config = countdown.get_config()
+  for key, value in changes.items():
+    group, _, name = key.partition("__")
+    config[group][name] = value
+  return config.to_dict()
+
+
+def test_flat_names_every_leaf_once():
+  nested = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": {}}
+  assert settings.flat(nested) == {"a": 1, "b.c": 2, "b.d.e": 3}
+
+
+def test_the_hash_tells_configs_apart_and_nothing_else():
+  one = settings.config_hash(as_dict())
+  assert one == settings.config_hash(dict(reversed(list(as_dict().items()))))
+  assert one != settings.config_hash(as_dict(run__seed=1))
+  assert len(one) == 8 and int(one, 16) >= 0
+  # What is written is what was hashed.
+  assert one == settings.config_hash(json.loads(json.dumps(as_dict())))
+
+
+def test_the_same_config_is_the_same_run():
+  settings.check_same_run(as_dict(), as_dict(), "DIR")
+
+
+def test_keys_that_change_a_run_are_named():
+  with pytest.raises(ValueError) as error:
+    settings.check_same_run(
+      as_dict(), as_dict(run__seed=3, optimizer__b1=0.5), "DIR"
+    )
+  assert "run.seed=3 (was 0)" in str(error.value)
+  assert "optimizer.b1=0.5 (was 0.9)" in str(error.value)
+  assert "DIR" in str(error.value)
+
+
+@pytest.mark.parametrize("key", settings.FREE_KEYS)
+def test_keys_that_do_not_change_a_run_exist_and_may_change(key):
+  config = as_dict()
+  group, _, name = key.partition(".")
+  value = config[group][name]
+  changed = {bool: True, int: 5, float: 5.0, str: "x"}[type(value)]
+  settings.check_same_run(
+    config, as_dict(**{key.replace(".", "__"): changed}), "DIR"
+  )
+
+
+def test_a_long_list_of_changes_is_cut():
+  flat = settings.flat(base.get_config().to_dict())
+  groups = {key.split(".")[0] for key in flat}
+  other = {group: {} for group in groups}
+  with pytest.raises(ValueError, match=r" and \d+ more\. Use another"):
+    settings.check_same_run(as_dict(), other, "DIR")

@@ -1,0 +1,133 @@
+"""Meshes, and rows on their way to the devices and back."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+
+from rspo_jax import sharding
+
+
+@pytest.mark.parametrize(
+  ("asked", "devices", "shape"),
+  [
+    ((1, -1, 1), 1, (1, 1, 1)),
+    ((1, -1, 1), 8, (1, 8, 1)),
+    ((-1, 1, 1), 8, (8, 1, 1)),
+    ((2, -1, 2), 8, (2, 2, 2)),
+    ((2, 2, 2), 8, (2, 2, 2)),
+    ((1, 4, -1), 8, (1, 4, 2)),
+    ((1, 8, -1), 8, (1, 8, 1)),
+  ],
+)
+def test_the_rest_of_the_devices_go_to_the_axis_of_minus_one(
+  asked, devices, shape
+):
+  assert sharding.mesh_shape(*asked, devices) == shape
+
+
+@pytest.mark.parametrize(
+  ("asked", "devices", "said"),
+  [
+    ((1, 3, 1), 8, "8 devices"),
+    ((3, -1, 1), 8, "mesh.data=3"),
+    ((1, 16, 1), 8, "mesh.fsdp=16"),
+    ((-1, -1, 1), 8, "only one axis"),
+    ((1, 0, 1), 8, "positive"),
+    ((1, -2, 1), 8, "positive"),
+  ],
+)
+def test_axes_that_do_not_make_the_devices_are_refused(asked, devices, said):
+  with pytest.raises(ValueError, match=said):
+    sharding.mesh_shape(*asked, devices)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 6, 8, 12])
+def test_the_mesh_that_an_error_names_works(devices):
+  for tensor in (1, 2, 3, 4, 5, 8):
+    try:
+      sharding.mesh_shape(1, 5, tensor, devices)
+    except ValueError as error:
+      words = str(error).partition("use ")[2].rstrip(".").split()
+      sizes = [int(word.partition("=")[2]) for word in words]
+      assert np.prod(sharding.mesh_shape(*sizes, devices)) == devices
+
+
+def test_rows_come_back_from_the_devices():
+  mesh = sharding.make_mesh()
+  rows = {"a": np.arange(6).reshape(3, 2), "b": np.array([True, False, True])}
+  there = sharding.put_global(mesh, rows)
+  assert there["a"].sharding == sharding.batch_sharding(mesh)
+  for name, value in rows.items():
+    np.testing.assert_array_equal(sharding.local_rows(there[name]), value)
+  assert sharding.batch_shards(mesh) == jax.device_count()
+
+
+def test_one_process_gathers_its_own_rows():
+  rows = [{"index": 1}, {"index": 0}]
+  assert sharding.gather_json(rows) == rows
+  np.testing.assert_array_equal(
+    sharding.gather_rows(np.arange(3)), np.arange(3)
+  )
+
+
+def test_logical_names_become_axes_that_divide_the_shape():
+  mesh = AbstractMesh((2, 4, 2), sharding.AXES)
+
+  def boxed(shape, *names):
+    return nn.LogicallyPartitioned(
+      jax.ShapeDtypeStruct(shape, "float32"), names
+    )
+
+  tree = {
+    "kernel": boxed((3, 8, 6), "layers", "embed", "heads"),
+    "odd": boxed((3, 6, 7), "layers", "embed", "heads"),
+    "norm": boxed((3, 8), "layers", "norm"),
+    "vocabulary": boxed((10, 8), "vocab", "embed"),
+  }
+  found = sharding.shardings(mesh, tree)
+  spec = PartitionSpec
+  expected = {
+    "kernel": spec(None, "fsdp", "tensor"),
+    "odd": spec(None, None, None),  # 6 % 4 and 7 % 2
+    "norm": spec(None, None),
+    "vocabulary": spec("tensor", "fsdp"),
+  }
+  for name, value in expected.items():
+    shape = tree[name].value.shape
+    same = NamedSharding(mesh, value).is_equivalent_to(found[name], len(shape))
+    assert same, (name, found[name])
+
+
+def test_every_logical_name_of_the_model_has_a_rule():
+  from rspo_jax.models import families, transformer
+
+  config = families.ModelConfig(
+    family="llada",
+    vocab_size=16,
+    width=8,
+    layers=2,
+    heads=2,
+    kv_heads=1,
+    mlp_width=16,
+    rope_theta=1e4,
+    norm_eps=1e-5,
+    mask_id=0,
+    eos_id=1,
+    pad_id=1,
+    max_length=8,
+    qk_norm=True,
+    qkv_bias=True,
+    linear_bias=True,
+    norm_bias=True,
+  )
+  boxed = jax.eval_shape(
+    lambda key: transformer.init(config, key, boxed=True), jax.random.key(0)
+  )
+  specs = jax.tree.leaves(
+    nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, PartitionSpec)
+  )
+  used = {name for spec in specs for name in spec if name is not None}
+  assert used <= {name for name, _ in sharding.RULES}
+  assert {"embed", "heads", "mlp", "vocab"} <= used
