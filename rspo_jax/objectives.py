@@ -58,7 +58,11 @@ def group_advantages(rewards: np.ndarray, normalize: bool = True) -> np.ndarray:
       "rollout.group_size must be at least 2."
     )
   if not np.isfinite(rewards).all():
-    raise ValueError("a reward is not finite; the verifier must return one.")
+    prompt, completion = np.argwhere(~np.isfinite(rewards))[0]
+    raise ValueError(
+      f"the reward of completion {completion} of prompt {prompt} is "
+      f"{rewards[prompt, completion]}; a verifier must return finite numbers."
+    )
   advantages = rewards - rewards.mean(1, keepdims=True)
   if normalize:
     advantages /= rewards.std(1, ddof=1, keepdims=True) + 1e-4
@@ -262,9 +266,12 @@ def _gap_metrics(terms, relative, d, in_unit, gap, settings):
     "score/relative_std": _std(d, keep),
     "score/centred_std": spread,
     "gap/std": _std(gap, keep),
-    "gap/lambda_share": settings.lambda_
-    * spread
-    / jnp.maximum(advantage_std, tiny),
+    # 0 where no advantage differs: there is nothing to have a share in.
+    "gap/lambda_share": jnp.where(
+      advantage_std > tiny,
+      settings.lambda_ * spread / jnp.maximum(advantage_std, tiny),
+      0.0,
+    ),
     "calibration/slope": covariance / jnp.maximum(advantage_std**2, tiny),
     "calibration/correlation": covariance
     / jnp.maximum(advantage_std * spread, tiny),

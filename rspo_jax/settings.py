@@ -399,10 +399,18 @@ def build(config, devices: int) -> Settings:
     objective.gap_masks == "leave_one_out"
     and mask_settings.masks < 2 * mask_settings.draw_size
   ):
-    raise ValueError(
-      "objective.gap_masks='leave_one_out' needs two independent draws; use "
-      f"likelihood.masks={2 * mask_settings.draw_size} or more, not "
+    remedy = (
+      f"use likelihood.masks={2 * mask_settings.draw_size} or more, not "
       f"{mask_settings.masks}."
+    )
+    if likelihood.ESTIMATORS[mask_settings.scheme].joint:
+      remedy = (
+        f"likelihood.scheme={mask_settings.scheme!r} draws all its masks "
+        "together; use 'uniform'."
+      )
+    raise ValueError(
+      "objective.gap_masks='leave_one_out' needs two independent draws; "
+      + remedy
     )
   step = train_step.StepSettings(
     micro_batch=micro, passes=config.train.passes, shards=shards
