@@ -9,6 +9,8 @@ demonstrations of mixed quality:
     python -m rspo_jax.main --config=configs/sft_countdown.py --workdir=PARENT
     python -m rspo_jax.main --config=configs/sft_countdown.py:mixed \
         --config.model.path=PARENT/model
+
+Arguments: `mixed` (the second run), `smoke` (seconds).
 """
 
 from configs import base

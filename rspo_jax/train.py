@@ -106,12 +106,24 @@ class Program:
     return {name: getattr(self, name)._cache_size() for name in names}
 
 
+def _shardings(mesh, config):
+  """Where the parameters of a model live."""
+  boxed = jax.eval_shape(
+    functools.partial(transformer.init, config, boxed=True), jax.random.key(0)
+  )
+  return sharding.shardings(mesh, boxed)
+
+
 def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
   """The run's model with parameters on the mesh, compute settings applied."""
   model_settings = settings.model
   if model_settings["folder"]:
+    # Each parameter goes straight to its place: whole, a large model would fit
+    # on no single device.
     model = hf_weights.load_model(
-      model_settings["folder"], model_settings["param_dtype"]
+      model_settings["folder"],
+      model_settings["param_dtype"],
+      functools.partial(_shardings, mesh),
     )
   else:
     key = jax.random.fold_in(jax.random.key(settings.run.seed), 0x696E6974)
@@ -143,10 +155,9 @@ def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
       f"make {longest} tokens, but the checkpoint was made for "
       f"{config.max_length}; shorten one of them."
     )
-  boxed = jax.eval_shape(
-    functools.partial(transformer.init, config, boxed=True), jax.random.key(0)
-  )
-  params = jax.device_put(model.params, sharding.shardings(mesh, boxed))
+  params = model.params
+  if not model_settings["folder"]:
+    params = jax.device_put(params, _shardings(mesh, config))
   return dataclasses.replace(model, config=config, params=params)
 
 
@@ -725,7 +736,7 @@ def _guarded(settings, folder, writer, interrupt, resolved, mode) -> int:
     # Folders and files of the caller: nothing of the run was written.
     if settings.run.log == "debug":
       traceback.print_exc()
-    writer.fail(error)
+    writer.fail(" ".join(str(error).split()))
     return MISTAKE
   try:
     if mode == "eval":

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 
+import hypothesis
 import pytest
 import tiny_runs
+from hypothesis import strategies as st
 
-from rspo_jax import main, train
+from rspo_jax import main, settings, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUDOKU = str(ROOT / "configs" / "sudoku.py")
@@ -616,3 +618,79 @@ def test_an_evaluation_that_is_asked_to_stop_ends_with_75(
   captured = capsys.readouterr()
   assert captured.out == "" and "SIGTERM" in captured.err
   assert not (tmp_path / "run").exists()
+
+
+# Anything at all.
+
+TEXTS = st.one_of(
+  st.text(max_size=12),
+  st.integers().map(str),
+  st.floats().map(str),
+  st.sampled_from(["True", "False", "None", "{}", "[1]", "1e3", "0x10"]),
+)
+
+
+@hypothesis.settings(
+  max_examples=300,
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(st.data())
+def test_any_override_is_taken_or_refused_in_words(tiny, data):
+  config = main.load_config(SUDOKU)
+  keys = sorted(settings.flat(config.to_dict()))
+  config.model.path = str(tiny.checkpoint)
+  for _ in range(data.draw(st.integers(1, 3))):
+    key = data.draw(st.sampled_from(keys))
+    try:
+      main.override(config, key, data.draw(TEXTS))
+    except ValueError as error:
+      assert key in str(error)
+      return
+  try:
+    built = settings.build(config, data.draw(st.sampled_from([1, 2, 8])))
+  except ValueError as error:
+    assert str(error)
+  else:
+    assert built.run.steps == config.run.steps
+
+
+@hypothesis.settings(max_examples=200, deadline=None)
+@hypothesis.given(st.lists(st.text(max_size=20), max_size=3))
+def test_any_words_are_understood_or_refused_in_words(words):
+  try:
+    main.parse(["x", f"--config={SUDOKU}", *words])
+  except ValueError as error:
+    assert str(error)
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(
+      st.sampled_from(["model", "task", "run", "objective", "path", "steps"]),
+      inner,
+      max_size=5,
+    )
+  ),
+  max_leaves=12,
+)
+
+
+@hypothesis.settings(
+  max_examples=200,
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(JSON.map(lambda x: json.dumps(x).encode()) | st.binary())
+def test_any_config_json_in_a_folder_is_ours_or_refused(tmp_path, content):
+  config = main.load_config(SUDOKU).to_dict()
+  (tmp_path / "config.json").write_bytes(content)
+  for mode in main.MODES:
+    try:
+      settings.check_workdir(str(tmp_path), config, mode)
+    except ValueError as error:
+      assert str(tmp_path) in str(error)
+    else:
+      assert mode == "eval"

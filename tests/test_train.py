@@ -41,6 +41,15 @@ def whole_supervised(tiny, tmp_path_factory):
   return folder
 
 
+@pytest.fixture(scope="module")
+def whole_kept(tiny, tmp_path_factory):
+  """The folder of an undisturbed run that keeps groups of equal rewards."""
+  folder = tmp_path_factory.mktemp("kept") / "run"
+  with tiny_runs.quick():
+    assert main.main(tiny(folder, **KEPT)) == 0
+  return folder
+
+
 def supervised():
   """Overrides of a supervised run with corrupt demonstrations."""
   values = tiny_runs.SUPERVISED | {
@@ -235,6 +244,22 @@ def test_tensorboard_shows_what_metrics_hold(whole):
   events = b"".join(tiny_runs.files(whole / "tensorboard").values())
   for key in tiny_runs.rows(whole)[-1]:
     assert key == "step" or key.encode() in events
+
+
+def test_groups_with_equal_rewards_only_dilute_the_first_gradient(
+  whole, whole_kept
+):
+  # While d = 0 their gap is 0, but they count in the mean. The one run scores
+  # before the rewards are known, the other one after it has dropped groups.
+  dropped, kept = tiny_runs.rows(whole)[1], tiny_runs.rows(whole_kept)[1]
+  share = dropped["update/kept_share"]
+  assert share == 1 - dropped["reward/equal_groups"] < 1
+  assert kept["update/kept_share"] == 1
+  assert kept["grad_norm"] == pytest.approx(
+    share * dropped["grad_norm"], rel=1e-5
+  )
+  for key in ("reward/mean", "reward/std", "rollout/length_mean"):
+    assert kept[key] == dropped[key]
 
 
 # Interruption.
@@ -451,27 +476,32 @@ def test_a_full_disk_or_memory_stops_with_3(
 # Other devices and processes.
 
 DEVICES = """
-import sys
+import json, sys
+import tiny_runs
 from rspo_jax import main
-import json
-for argv in json.loads(sys.argv[1]):
-  if main.main(argv):
-    sys.exit(1)
+with tiny_runs.quick():
+  sys.exit(max(main.main(argv) for argv in json.loads(sys.argv[1])))
 """
+# Nothing is dropped: scores are computed while rewards are.
+KEPT = {"objective__skip_equal_groups": False, "run__steps": 3}
 
 
 @pytest.fixture(scope="module")
 def eight_devices(tiny, tmp_path_factory):
-  """Folders of the two whole runs, made on 8 virtual devices."""
+  """Folders of three whole runs, made on 8 virtual devices."""
   folder = tmp_path_factory.mktemp("eight")
   argvs = [
     tiny(folder / "run", cache=""),
+    tiny(folder / "kept", cache="", **KEPT),
     tiny(folder / "supervised", cache="", **supervised()),
   ]
   subprocess.run(
     [sys.executable, "-c", DEVICES, json.dumps(argvs)],
     cwd=ROOT,
-    env=environment(XLA_FLAGS="--xla_force_host_platform_device_count=8"),
+    env=environment(
+      XLA_FLAGS="--xla_force_host_platform_device_count=8",
+      PYTHONPATH=str(pathlib.Path(__file__).parent),
+    ),
     check=True,
     stdout=subprocess.DEVNULL,
   )
@@ -499,9 +529,10 @@ def assert_agrees(folder, whole, steps=3):
 
 
 def test_eight_devices_give_the_run_of_one(
-  eight_devices, whole, whole_supervised
+  eight_devices, whole, whole_kept, whole_supervised
 ):
   assert_agrees(eight_devices / "run", whole)
+  assert_agrees(eight_devices / "kept", whole_kept)
   assert_agrees(eight_devices / "supervised", whole_supervised)
 
 

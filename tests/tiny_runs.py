@@ -71,8 +71,18 @@ def quick():
   before = jax.config.read("jax_disable_most_optimizations")
 
   def shared_build(settings):
-    # What `run` says is no part of any program.
-    key = dataclasses.replace(settings, run=None)
+    # What `run` and this switch say is no part of any program.
+    key = dataclasses.replace(
+      settings,
+      run=None,
+      skip_equal_groups=None,
+      optimizer=dataclasses.replace(
+        settings.optimizer,
+        total_steps=settings.optimizer.total_steps
+        if settings.optimizer.schedule != "constant"
+        else 1,
+      ),
+    )
     for known, program in _PROGRAMS:
       if known == key:
         return dataclasses.replace(program, settings=settings)
