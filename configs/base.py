@@ -108,7 +108,7 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.split = "validation"  # train | validation | test
-  evaluation.prompts = 1024  # the first ones of the split; 0: all
+  evaluation.prompts = 2048  # the first ones of the split; 0: all
   evaluation.completion_length = 0  # L of evaluation; 0: the sampler's
   evaluation.block_length = 0  # 0: the sampler's
   evaluation.steps = 0  # 0: the sampler's steps, scaled with the length

@@ -46,10 +46,12 @@ def get_config(arg: str = ""):
   config.task.name = "countdown"
   config.rollout.prompts = 48
   config.rollout.temperature = 1.3
+  config.likelihood.masks = 4
   config.likelihood.scope = "canvas"
   config.objective.skip_equal_groups = True
   config.optimizer.learning_rate = 3e-4
-  config.run.steps = 150
+  config.optimizer.schedule = "linear"
+  config.run.steps = 120
   _calibrated(config)
   return base.apply(config, arg, SWITCHES)
 
