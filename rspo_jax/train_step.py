@@ -124,6 +124,10 @@ class StepSettings:
   passes: str = "auto"
   shards: int = 1
 
+  def __post_init__(self):
+    if self.passes not in PASSES:
+      raise ValueError(f"train.passes={self.passes!r} must be one of {PASSES}.")
+
 
 def schedule(settings: OptimizerSettings) -> Callable:
   """Learning rate as a function of the step."""
@@ -141,9 +145,23 @@ def schedule(settings: OptimizerSettings) -> Callable:
   return optax.join_schedules([warmup, body], [settings.warmup_steps])
 
 
+def _decayed(params):
+  """True for matrices. By name: layers are stacked, so a norm has 2 axes."""
+
+  def one(path, _):
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return not names or names[-1] not in ("scale", "bias")
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
 def make_optimizer(settings: OptimizerSettings):
-  """Clipping by global norm, then AdamW; matrices alone are decayed."""
-  return optax.chain(
+  """Clipping by global norm, then AdamW; matrices alone are decayed.
+
+  Moments are float32 (the first one as `moment_dtype` says) whatever the
+  parameters are stored in.
+  """
+  optimizer = optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),
     optax.adamw(
       schedule(settings),
@@ -151,8 +169,25 @@ def make_optimizer(settings: OptimizerSettings):
       b2=settings.b2,
       eps=settings.eps,
       weight_decay=settings.weight_decay,
-      mask=lambda params: jax.tree.map(lambda x: x.ndim > 1, params),
+      mask=_decayed,
       mu_dtype=settings.moment_dtype,
+    ),
+  )
+
+  def init(params):
+    return optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+
+  return optax.GradientTransformation(init, optimizer.update)
+
+
+def _updates_applied(state: TrainState):
+  """i32 []: updates that the schedule has seen; a skipped step is none."""
+  return optax.tree_utils.tree_get(
+    state.opt_state,
+    "count",
+    default=state.step,
+    filtering=lambda path, _: any(
+      getattr(key, "tuple_name", "") == "ScaleByScheduleState" for key in path
     ),
   )
 
@@ -285,8 +320,9 @@ def make_update(
   Args of the returned function: the state (donate it), the batch, the MASKS
   key of the step, the reference's scores f32 [N, K] from `estimate`, and in
   the two-pass form the policy's scores from the same function. Returns
-  (state, metrics); a non-finite loss or gradient leaves the state as it was,
-  but for the step, and reports `update/applied` 0.
+  (state, metrics); a non-finite loss or gradient, or a batch without a kept
+  sequence, leaves the state as it was, but for the step, and reports
+  `update/applied` 0.
   """
   loss_fn = objectives.OBJECTIVES[objective.name].loss
 
@@ -300,10 +336,17 @@ def make_update(
       keep=batch.keep,
     )
 
-  def update(state: TrainState, batch: RolloutBatch, key, reference, policy):
+  def update(
+    state: TrainState, batch: RolloutBatch, key, reference, policy=None
+  ):
     total = batch.completion_mask.shape[0]
     cut = _Cut(total, settings)
     passes = resolve_passes(settings, objective, total)
+    if passes == "two" and policy is None:
+      raise ValueError(
+        "policy=None: two passes need the policy's scores of the batch; give "
+        "those of `estimate`, or use train.passes='one'."
+      )
     masks = draw_masks(key, mask_settings, batch)
     kept = jnp.maximum(batch.keep.sum(), 1.0)
 
@@ -355,20 +398,21 @@ def make_update(
     )
     loss = (loss * batch.keep).sum() / kept
     norm = optax.global_norm(gradients)
-    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # Without a kept sequence the gradient is 0, on which momentum would act.
+    applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch.keep.sum() > 0)
     steps, opt_state = optimizer.update(
       gradients, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, steps)
     old = (state.params, state.opt_state)
     params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(finite, new, old), (params, opt_state), old
+      lambda new, old: jnp.where(applied, new, old), (params, opt_state), old
     )
     metrics = metrics | {
       "loss": loss,
       "grad_norm": norm,
-      "lr": learning_rate(state.step),
-      "update/applied": finite.astype(jnp.float32),
+      "lr": learning_rate(_updates_applied(state)),
+      "update/applied": applied.astype(jnp.float32),
       "update/kept_share": batch.keep.mean(),
     }
     return TrainState(state.step + 1, params, opt_state), metrics
