@@ -19,8 +19,9 @@ in 3 (the share 1 - s/t of the masks still there, or a coin a position).
 
 With a cache, the first forward of a block covers the whole canvas and fills
 it; later ones of the block recompute the block only (dual) or everything from
-the block's start (prefix). Rows never look at each other: a row that is done
-waits for the rest of the batch.
+the block's start (prefix). Rows do not look at each other (but for Dream's
+share, which is of the batch's mean mask count): a row that is done waits for
+the rest of the batch.
 
 Sources: LLaDA, arXiv 2502.09992, algorithms 4 and 5; Dream, arXiv 2508.15487;
 Fast-dLLM, arXiv 2505.22618 (dual cache, threshold, factor). Where we differ:
@@ -697,7 +698,7 @@ class _Denoiser:
       if not until_full:
         return more
       unfilled = self.unfilled(state, block)
-      if cached and settings.adaptive:
+      if cached:
         # As the reference counts: the second forward is never skipped.
         unfilled = unfilled | (step == first)
       return more & unfilled
