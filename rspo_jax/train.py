@@ -114,6 +114,12 @@ def _shardings(mesh, config):
   return sharding.shardings(mesh, boxed)
 
 
+def _stored(settings: settings_lib.Settings, params):
+  """Parameters in the dtype that they are stored in."""
+  dtype = settings.model["param_dtype"]
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
 def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
   """The run's model with parameters on the mesh, compute settings applied."""
   model_settings = settings.model
@@ -157,6 +163,7 @@ def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
     )
   params = model.params
   if not model_settings["folder"]:
+    params = _stored(settings, params)
     params = jax.device_put(params, _shardings(mesh, config))
   return dataclasses.replace(model, config=config, params=params)
 
@@ -170,9 +177,8 @@ def build(settings: settings_lib.Settings) -> Program:
   learning_rate = train_step.schedule(settings.optimizer)
 
   def fresh_state(key):
-    return train_step.init_state(
-      transformer.init(config, key, boxed=True), optimizer
-    )
+    params = transformer.init(config, key, boxed=True)
+    return train_step.init_state(_stored(settings, params), optimizer)
 
   boxed = jax.eval_shape(fresh_state, jax.random.key(0))
   state_shardings = sharding.shardings(mesh, boxed)

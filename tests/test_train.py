@@ -355,6 +355,34 @@ def test_a_supervised_run_goes_on_as_if_it_had_not_been_stopped(
   assert counts["rollout_fn"] == counts["estimate_fn"] == 0
 
 
+def test_a_run_in_bfloat16_goes_on_as_if_it_had_not_been_stopped(
+  tiny, tmp_path, monkeypatch
+):
+  def argv(name):
+    return tiny(
+      tmp_path / name,
+      run__steps=2,
+      run__tensorboard=False,
+      eval__every=0,
+      model__param_dtype="bfloat16",
+      model__compute_dtype="bfloat16",
+      optimizer__moment_dtype="bfloat16",
+      **supervised() | {"optimizer__schedule": "constant"},
+    )
+
+  assert main.main(argv("whole")) == 0
+  disturb(monkeypatch, "train_one", 0, ask_to_stop)
+  assert main.main(argv("run")) == 75
+  assert main.main(argv("run")) == 0
+  one, other = tmp_path / "run", tmp_path / "whole"
+  assert tiny_runs.repeatable(one) == tiny_runs.repeatable(other)
+  assert tiny_runs.files(one / "model") == tiny_runs.files(other / "model")
+  model = rspo_jax.load_model(one / "model", "bfloat16")
+  state = newest(one, tiny_runs.program_of(argv("run"))).state
+  assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"bfloat16"}
+  jax.tree.map(np.testing.assert_array_equal, model.params, state.params)
+
+
 def test_supervised_steps_lower_the_loss(whole_supervised):
   rows = tiny_runs.rows(whole_supervised)[1:]
   assert rows[-1]["loss"] < rows[0]["loss"] - 0.003
