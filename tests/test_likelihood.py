@@ -309,6 +309,17 @@ def test_the_counts_of_a_fixed_pair_add_up_to_one_more_than_the_length():
   assert (counts == wanted[:, None]).all()
 
 
+def test_the_two_subsets_of_a_fixed_pair_are_independent():
+  # L = 3 and both counts 2: nine pairs of subsets, all as likely.
+  sets = codes_of(effective(drawn("fixed_count"))[LENGTHS == 3])  # [n, K]
+  pairs = sets.reshape(-1, 2)
+  two = np.isin(pairs, (0b011, 0b101, 0b110)).all(1)
+  _, count = np.unique(pairs[two], axis=0, return_counts=True)
+  assert len(count) == 9
+  error = np.sqrt(8 / 81 / two.sum())
+  assert (abs(count / two.sum() - 1 / 9) <= 4.5 * error).all()
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_the_same_key_draws_the_same_masks_and_another_key_others(scheme):
   first, other = drawn(scheme), drawn(scheme, seed=3)
