@@ -269,5 +269,5 @@ def test_a_run_begun_before_a_key_existed_goes_on():
   old = {group: keys for group, keys in new.items() if group != "reward"}
   settings.check_same_run(old, new, "DIR")
   new["reward"] = new["reward"] | {"extra": "sums:score"}
-  with pytest.raises(ValueError, match="reward.extra='sums:score'"):
+  with pytest.raises(ValueError, match=r"reward\.extra='sums:score'"):
     settings.check_same_run(old, new, "DIR")

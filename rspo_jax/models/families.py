@@ -80,6 +80,11 @@ class ModelConfig:
       raise ValueError(
         f"width={self.width} must be a multiple of heads={self.heads}."
       )
+    if self.head_dim % 2:
+      raise ValueError(
+        f"width={self.width} / heads={self.heads} must be even: positions turn "
+        "pairs of a head's dimensions."
+      )
     if self.heads % self.kv_heads:
       raise ValueError(
         f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}."
