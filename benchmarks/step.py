@@ -50,15 +50,16 @@ def main() -> None:
   import jax.numpy as jnp
   import numpy as np
 
+  from rspo_jax import program as program_lib
   from rspo_jax import settings as settings_lib
-  from rspo_jax import sharding, train, train_step
+  from rspo_jax import sharding, train_step
 
   path, _, arg = options.config.partition(":")
   spec = importlib.util.spec_from_file_location("config", ROOT / path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   settings = settings_lib.build(module.get_config(arg), jax.device_count())
-  program = train.build(settings)
+  program = program_lib.build(settings)
   config = program.model.config
   length = settings.sampler.completion_length
   span = settings.prompt_length + length
@@ -80,7 +81,7 @@ def main() -> None:
   n = batch.tokens.shape[0]
   scores = program.estimate_fn(program.params, batch, key)
   batch = batch.replace(advantage=jnp.sin(jnp.arange(n, dtype=jnp.float32)))
-  state = train._fresh_state(program)
+  state = program_lib.fresh_state(program)
 
   def measure(fn):
     start = time.perf_counter()

@@ -65,9 +65,9 @@ def quick():
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
-  from rspo_jax import train
+  from rspo_jax import program as program_lib
 
-  build = train.build
+  build = program_lib.build
   before = jax.config.read("jax_disable_most_optimizations")
 
   def shared_build(settings):
@@ -90,11 +90,11 @@ def quick():
     return _PROGRAMS[-1][1]
 
   jax.config.update("jax_disable_most_optimizations", True)
-  train.build = shared_build
+  program_lib.build = shared_build
   try:
     yield
   finally:
-    train.build = build
+    program_lib.build = build
     jax.config.update("jax_disable_most_optimizations", before)
     jax.config.update("jax_compilation_cache_dir", None)
     compilation_cache.reset_cache()
@@ -145,9 +145,10 @@ def command(workdir, checkpoint, puzzles, cache, **overrides) -> list[str]:
 
 def program_of(argv: list[str]):
   """The program that a command builds; inside `quick`, the shared one."""
-  from rspo_jax import main, settings, train
+  from rspo_jax import main, settings
+  from rspo_jax import program as program_lib
 
-  return train.build(settings.build(main.parse(argv)[0], 1))
+  return program_lib.build(settings.build(main.parse(argv)[0], 1))
 
 
 def rows(folder: pathlib.Path) -> list[dict]:
