@@ -2,7 +2,8 @@
 
 `build` loads the model onto the mesh and prepares the jitted functions; it
 compiles nothing and reads no data. The loop (`train.py`) calls them one after
-another.
+another; the planner (`planner.py`) compiles them for a mesh that is not there,
+with an `abstract_model`.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ from rspo_jax import (
   train_step,
 )
 from rspo_jax import settings as settings_lib
-from rspo_jax.models import fresh, hf_weights, transformer
+from rspo_jax.models import families, fresh, hf_weights, transformer
 
 
 @dataclasses.dataclass
@@ -89,6 +90,37 @@ def _stored(settings: settings_lib.Settings, params):
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
+def model_config(
+  settings: settings_lib.Settings, config: families.ModelConfig, mesh
+) -> families.ModelConfig:
+  """A checkpoint's shape with the run's compute settings.
+
+  Raises:
+    ValueError: the run's sequences are longer than the checkpoint was made for.
+  """
+  dtype = settings.model["compute_dtype"]
+  if dtype == "auto":
+    # Of the devices that compute, which need not be at hand (planner.py).
+    platform = mesh.devices.flat[0].platform
+    dtype = "float32" if platform == "cpu" else "bfloat16"
+  longest = settings.prompt_length + max(
+    settings.sampler.completion_length, settings.greedy.completion_length
+  )
+  if longest > config.max_length:
+    raise ValueError(
+      f"data.prompt_length={settings.prompt_length} and the completion length "
+      f"make {longest} tokens, but the checkpoint was made for "
+      f"{config.max_length}; shorten one of them."
+    )
+  return dataclasses.replace(
+    config,
+    compute_dtype=dtype,
+    attention=settings.model["attention"],
+    remat=settings.model["remat"],
+    head_chunks=settings.model["head_chunks"],
+  )
+
+
 def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
   """The run's model with parameters on the mesh, compute settings applied."""
   model_settings = settings.model
@@ -111,25 +143,7 @@ def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
       f"model.path={model_settings['path']!r} has no tokenizer.json, so its "
       "completions cannot be read; put the model's tokenizer files beside it."
     )
-  dtype = model_settings["compute_dtype"]
-  if dtype == "auto":
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-  config = dataclasses.replace(
-    model.config,
-    compute_dtype=dtype,
-    attention=model_settings["attention"],
-    remat=model_settings["remat"],
-    head_chunks=model_settings["head_chunks"],
-  )
-  longest = settings.prompt_length + max(
-    settings.sampler.completion_length, settings.greedy.completion_length
-  )
-  if longest > config.max_length:
-    raise ValueError(
-      f"data.prompt_length={settings.prompt_length} and the completion length "
-      f"make {longest} tokens, but the checkpoint was made for "
-      f"{config.max_length}; shorten one of them."
-    )
+  config = model_config(settings, model.config, mesh)
   params = model.params
   if not model_settings["folder"]:
     params = _stored(settings, params)
@@ -137,10 +151,47 @@ def _load(settings: settings_lib.Settings, mesh) -> hf_weights.Model:
   return dataclasses.replace(model, config=config, params=params)
 
 
+def abstract_model(
+  settings: settings_lib.Settings, config: families.ModelConfig, mesh
+) -> hf_weights.Model:
+  """A model of shapes, dtypes and places alone, as `assemble` takes it."""
+  config = model_config(settings, config, mesh)
+  shapes = jax.eval_shape(
+    lambda key: _stored(settings, transformer.init(config, key)),
+    jax.random.key(0),
+  )
+  return hf_weights.Model(
+    config=config, params=_placed(shapes, _shardings(mesh, config))
+  )
+
+
+def _placed(shapes, shardings):
+  """Abstract arrays with the shardings that belong to them."""
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    shapes,
+    shardings,
+  )
+
+
 def build(settings: settings_lib.Settings) -> Program:
   """Loads the model and prepares the jitted functions; compiles nothing."""
   mesh = sharding.make_mesh(**settings.mesh)
-  model = _load(settings, mesh)
+  return assemble(settings, _load(settings, mesh), mesh)
+
+
+def assemble(
+  settings: settings_lib.Settings, model: hf_weights.Model, mesh
+) -> Program:
+  """Prepares the jitted functions of a loaded or an abstract model.
+
+  Args:
+    settings: the run.
+    model: its parameters on the mesh, or `abstract_model`.
+    mesh: of devices, or of a topology's descriptions of them.
+  """
   config = model.config
   optimizer = train_step.make_optimizer(settings.optimizer)
   learning_rate = train_step.schedule(settings.optimizer)
@@ -151,13 +202,7 @@ def build(settings: settings_lib.Settings) -> Program:
 
   boxed = jax.eval_shape(fresh_state, jax.random.key(0))
   state_shardings = sharding.shardings(mesh, boxed)
-  template = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
-    nn.meta.unbox(boxed),
-    state_shardings,
-  )
+  template = _placed(nn.meta.unbox(boxed), state_shardings)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   logprob_fn = transformer.make_logprob_fn(config)
   denoise_fn = transformer.make_denoise_fn(config)
