@@ -14,6 +14,8 @@ import pathlib
 import tempfile
 from typing import Any
 
+from rspo_jax import mirror
+
 EMBEDDED = "embedded:"
 CONFIG = "config.json"
 
@@ -530,6 +532,8 @@ def config_hash(config: dict) -> str:
 def check_workdir(workdir: str, config: dict, mode: str) -> None:
   """Refuses a folder that is not ours, holds another run, or is read-only.
 
+  A folder in a bucket is asked the same, and the local one beside it.
+
   Args:
     workdir: the folder as given.
     config: the resolved config.
@@ -539,14 +543,15 @@ def check_workdir(workdir: str, config: dict, mode: str) -> None:
   Raises:
     ValueError: names folder and remedy; nothing was written.
   """
-  if "://" in workdir:
-    raise ValueError(
-      f"--workdir={workdir} must be a local folder: metrics and samples are "
-      "appended to."
-    )
-  folder = pathlib.Path(workdir)
+  home = mirror.Home(workdir)
+  folder = home.local
   try:
-    before = _run_in(folder)
+    if home.in_bucket:
+      before = mirror.answer(
+        f"--workdir={workdir}", lambda: _probe_bucket(home.address)
+      )
+    else:
+      before = _run_in(folder)
     # Whether it can be written is seen by doing so: permission bits say
     # nothing to root, or of a read-only disk.
     parent = folder
@@ -557,13 +562,28 @@ def check_workdir(workdir: str, config: dict, mode: str) -> None:
     raise ValueError(
       f"--workdir={workdir} cannot be used ({error.strerror}); choose a folder "
       "that can be written."
+      + f" (Local copies go to {folder}.)"
+      * home.in_bucket
     ) from error
   if before is not None and mode == "train":
     check_same_run(before, config, workdir)
 
 
-def _run_in(folder: pathlib.Path) -> dict | None:
-  """Config of the run that a folder holds, None where there is none yet."""
+def _probe_bucket(folder) -> dict | None:
+  """`_run_in` of a folder in a bucket that can be written, as it is seen."""
+  probe = folder / f".rspo_jax-{os.getpid()}-{os.urandom(4).hex()}"
+  before = _run_in(folder)
+  probe.write_text("")
+  probe.unlink()
+  return before
+
+
+def _run_in(folder) -> dict | None:
+  """Config of the run that a folder holds, None where there is none yet.
+
+  Args:
+    folder: a `pathlib.Path`, or an `epath.Path` in a bucket.
+  """
   if not folder.exists():
     return None
   if not folder.is_dir():
@@ -586,8 +606,11 @@ def _run_in(folder: pathlib.Path) -> dict | None:
   return None
 
 
-def read_config(folder: pathlib.Path) -> dict | None:
+def read_config(folder) -> dict | None:
   """The config.json of a run's folder, None where there is none.
+
+  Args:
+    folder: a `pathlib.Path`, or an `epath.Path` in a bucket.
 
   Raises:
     ValueError: it cannot be read, or belongs to something else.
@@ -596,7 +619,7 @@ def read_config(folder: pathlib.Path) -> dict | None:
   if not path.exists():
     return None
   try:
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = json.loads(path.read_bytes())
   except (OSError, ValueError) as error:
     raise ValueError(
       f"{path} cannot be read ({error}); choose a new --workdir."

@@ -28,6 +28,7 @@ from rspo_jax import (
   data,
   evaluate,
   metrics,
+  mirror,
   objectives,
   rollout,
   sharding,
@@ -46,6 +47,7 @@ SAMPLED_GROUPS = 8  # groups of a rollout that samples/ shows
 FAULTS = (
   metrics.NonFiniteMetric,
   metrics.MetricsError,
+  mirror.MirrorError,
   CheckpointError,
   workers.WorkersError,
 )
@@ -88,19 +90,24 @@ class Stopwatch:
 
 
 class Run:
-  """One run in its folder: the loop's state and what it writes."""
+  """One run in its folder: the loop's state and what it writes.
+
+  `workdir` is the folder on this machine; `home` knows the one in a bucket,
+  if that is where the run lives.
+  """
 
   def __init__(
     self,
     program: program_lib.Program,
-    workdir: pathlib.Path,
+    home: mirror.Home,
     writer: metrics.MetricsWriter,
     interrupt: Interrupt,
     config: dict[str, Any],
   ):
     self.program = program
     self.settings = program.settings
-    self.workdir = workdir
+    self.home = home
+    self.workdir = home.local
     self.writer = writer
     self.interrupt = interrupt
     self.config = config
@@ -371,10 +378,32 @@ class Run:
         self.seconds[key] = self.seconds.get(key, 0.0) + value
     return values
 
+  def mirror(self) -> None:
+    """Brings a run's folder in a bucket up to date.
+
+    Raises:
+      MirrorError: the bucket did not take it; raised by every process, since
+        one that went on alone would hang in the next collective.
+    """
+    if not self.home.in_bucket:
+      return
+    failure = None
+    if self.main_process:
+      self.writer.flush()
+      try:
+        self.home.push()
+      except mirror.MirrorError as error:
+        failure = error
+    if sharding.gather_rows(np.array([failure is not None])).any():
+      raise failure or mirror.MirrorError(
+        "The first process could not copy the run to its bucket; its message "
+        "names the cause."
+      )
+
   def export(self) -> None:
     """Writes model/ in the Hugging Face layout."""
     model = dataclasses.replace(self.program.model, params=self.state.params)
-    hf_weights.save_model(model, self.workdir / "model")
+    hf_weights.save_model(model, self.home.address / "model")
 
 
 def rollout_metrics(
@@ -498,13 +527,13 @@ def main(config, workdir: str, mode: str) -> int:
     workdir: folder of the run.
     mode: "train" or "eval".
   """
-  folder = pathlib.Path(workdir)
   resolved = config.to_dict()
   try:
     initialise()
     settings = settings_lib.build(config, jax.device_count())
     settings_lib.check_workdir(workdir, resolved, mode)
-    summary = folder / SUMMARY
+    home = mirror.Home(workdir)
+    summary = home.address / SUMMARY
     if mode == "train" and summary.exists():
       print(f"This run is finished: {summary}")
       return DONE
@@ -514,7 +543,7 @@ def main(config, workdir: str, mode: str) -> int:
     return MISTAKE
   evaluating = mode == "eval"
   writer = metrics.MetricsWriter(
-    folder,
+    home.local,
     settings.run.steps,
     settings.run.tensorboard and not evaluating,
     settings.run.log == "quiet",
@@ -529,21 +558,30 @@ def main(config, workdir: str, mode: str) -> int:
     writer.warn(f"{name}: {then}.")
 
   with writer, Interrupt(notify) as interrupt:
-    return _guarded(settings, folder, writer, interrupt, resolved, mode)
+    status = _guarded(settings, home, writer, interrupt, resolved, mode)
+  if jax.process_index() == 0:
+    # What came after the last save, or says why the run ended.
+    try:
+      home.push("eval" if evaluating else "")
+    except mirror.MirrorError as error:
+      writer.fail(error)
+      return FAULT
+  return status
 
 
-def _guarded(settings, folder, writer, interrupt, resolved, mode) -> int:
+def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
   """Prepares and runs; what goes wrong becomes an exit status."""
   try:
     with writer.phase("preparing model and data"):
-      run = Run(
-        program_lib.build(settings), folder, writer, interrupt, resolved
-      )
+      run = Run(program_lib.build(settings), home, writer, interrupt, resolved)
       if mode == "eval":
         source = _load_evaluated(run)
       else:
         batches = _batches(run)
         _open_workdir(run)
+  except mirror.MirrorError as error:
+    writer.fail(error)
+    return FAULT
   except (ValueError, OSError) as error:
     # Folders and files of the caller: nothing of the run was written.
     if settings.run.log == "debug":
@@ -579,8 +617,14 @@ def _guarded(settings, folder, writer, interrupt, resolved, mode) -> int:
 def _open_workdir(run: Run) -> None:
   """Makes the folder of a run and puts its config there."""
   if run.main_process:
+    brought = run.home.pull()
     run.workdir.mkdir(parents=True, exist_ok=True)
     write_json(run.workdir / settings_lib.CONFIG, run.config)
+    if run.home.in_bucket:
+      run.writer.say(
+        f"Local copies in {run.workdir}; {brought} files came from the bucket."
+      )
+  run.mirror()
 
 
 def _batches(run: Run):
@@ -626,7 +670,7 @@ def train(run: Run, batches) -> int:
   settings, writer = run.settings, run.writer
   steps, every = settings.run.steps, settings.eval.every
   checkpointer = Checkpointer(
-    run.workdir / "checkpoints", keep_last=settings.run.keep_checkpoints
+    run.home.address / "checkpoints", keep_last=settings.run.keep_checkpoints
   )
   with checkpointer:
     saved, pending = _restore(run, checkpointer)
@@ -634,6 +678,8 @@ def train(run: Run, batches) -> int:
     def save():
       nonlocal saved
       if saved != run.step:
+        # First: a checkpoint must not know rows that the bucket does not have.
+        run.mirror()
         checkpointer.save(run.step, run.state, _extra(run, pending))
         saved = run.step
 
@@ -746,7 +792,7 @@ def finish(run: Run) -> None:
   )
   writer.say(f"Steps took {total:.0f} s: {split}.")
   writer.say(
-    f"In {run.workdir}: metrics.jsonl, samples/, tensorboard/, checkpoints/"
+    f"In {run.home.address}: metrics.jsonl, samples/, tensorboard/, checkpoints/"
     + (", model/" if settings.run.export else "")
     + "."
   )
@@ -761,8 +807,9 @@ def _load_evaluated(run: Run) -> str:
   Raises:
     ValueError: there is neither, or the checkpoint cannot be used.
   """
-  folder, path = run.workdir / "checkpoints", run.settings.model["path"]
-  before = settings_lib.read_config(run.workdir)
+  folder = run.home.address / "checkpoints"
+  path = run.settings.model["path"]
+  before = settings_lib.read_config(run.home.address)
   if before is not None and before["model"].get("path") == path:
     with Checkpointer(folder) as checkpointer:
       try:
@@ -776,7 +823,7 @@ def _load_evaluated(run: Run) -> str:
       return f"{folder} at step {restored.step}"
   if not path:
     raise ValueError(
-      f"--workdir={run.workdir} holds no checkpoint and model.path is empty: "
+      f"--workdir={run.home.address} holds no checkpoint and model.path is empty: "
       "there is nothing to evaluate; give one of them."
     )
   return path

@@ -66,3 +66,23 @@ def whole(tiny, tmp_path_factory):
   with tiny_runs.quick():
     assert main.main(tiny(folder, run__tensorboard=True)) == 0
   return folder
+
+
+@pytest.fixture(scope="session")
+def bucket():
+  """A bucket on loopback that gs:// leads to, here and in processes."""
+  import fake_bucket
+
+  with fake_bucket.Bucket() as served, pytest.MonkeyPatch.context() as patch:
+    for name, value in served.variables.items():
+      patch.setenv(name, value)
+    gcsfs = pytest.importorskip("gcsfs")
+    import fsspec
+    from etils.epath import backend
+
+    # Read when it was imported, which may have been before.
+    patch.setitem(fsspec.config.conf, "gcs", {"token": "anon"})
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    yield served
+    backend.fsspec_backend._get_filesystem.cache_clear()

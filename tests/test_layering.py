@@ -15,6 +15,7 @@ LEVELS = {
   "rspo_jax.sampler": 0,
   "rspo_jax.sharding": 0,
   "rspo_jax.metrics": 0,
+  "rspo_jax.mirror": 0,
   "rspo_jax.tokenizer": 0,
   "rspo_jax.checkpoint": 0,
   "rspo_jax.interrupt": 0,
@@ -171,7 +172,7 @@ def test_pure_modules_only_compute(name):
 
 
 def test_a_command_waits_for_jax_as_late_as_it_can():
-  light = {"rspo_jax", "rspo_jax.main", "rspo_jax.settings"}
+  light = {"rspo_jax", "rspo_jax.main", "rspo_jax.mirror", "rspo_jax.settings"}
   heavy = {"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets"}
   for name in light:
     for node in ast.parse(SOURCES[name].read_text()).body:

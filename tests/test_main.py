@@ -359,7 +359,8 @@ def test_a_workdir_that_cannot_be_used_is_refused(tiny, tmp_path, capsys):
   with pytest.raises(OSError, match="name too long"):
     long.exists()
   assert_refused(tiny(long), capsys, "name too long", folder=tmp_path)
-  assert_refused(tiny("gs://bucket/run"), capsys, "local", folder=tmp_path)
+  for strange in ("s3://bucket/run", "gs://bucket", "gs://bucket/../run"):
+    assert_refused(tiny(strange), capsys, strange, folder=tmp_path)
 
 
 @pytest.mark.skipif(
