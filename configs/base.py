@@ -15,6 +15,8 @@ def get_config() -> ml_collections.ConfigDict:
   # Checkpoint folder in the Hugging Face layout, or "embedded:NAME" for one
   # that the package carries; "" trains a new model (supervised runs only).
   model.path = ""
+  model.published = ""  # key of rspo_jax.models.published.PUBLISHED: the shape
+  #                       that launch/plan.py takes while path is ""
   model.compute_dtype = "auto"  # auto (float32 on CPU, else bfloat16) | float32
   #                               | bfloat16: dtype of matmul inputs
   model.param_dtype = "float32"  # float32 | bfloat16: storage of parameters

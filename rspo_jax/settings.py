@@ -245,12 +245,13 @@ def resolve_model_path(path: str) -> str:
   return path
 
 
-def build(config, devices: int) -> Settings:
+def build(config, devices: int, planning: bool = False) -> Settings:
   """Checks the config and cuts it into settings.
 
   Args:
     config: a ConfigDict with exactly the keys of configs/base.py.
     devices: number of devices of the run.
+    planning: nothing will run, so that model.path may still be missing.
 
   Raises:
     ValueError: names the first key that cannot be, its value and a remedy.
@@ -263,6 +264,7 @@ def build(config, devices: int) -> Settings:
     tasks,
     train_step,
   )
+  from rspo_jax.models import published
   from rspo_jax.tasks import base
 
   check_values(config)
@@ -314,7 +316,9 @@ def build(config, devices: int) -> Settings:
       "rollout.temperature=0 gives every group identical completions; use a "
       "temperature > 0."
     )
-  if not supervised and not config.model.path:
+  if config.model.published:
+    _one_of("model.published", config.model.published, published.PUBLISHED)
+  if not supervised and not config.model.path and not planning:
     if config.task.prompt_style != "compact":
       raise ValueError(
         f"model.path='' names no checkpoint, and task.name={task.name!r} needs "
@@ -421,6 +425,7 @@ def build(config, devices: int) -> Settings:
 
   model = {
     "path": config.model.path,
+    "published": config.model.published,
     "folder": resolve_model_path(config.model.path),
     "compute_dtype": config.model.compute_dtype,
     "param_dtype": config.model.param_dtype,

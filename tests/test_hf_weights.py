@@ -15,7 +15,7 @@ import pytest
 import safetensors
 import safetensors.numpy
 
-from rspo_jax.models import families, hf_weights, transformer
+from rspo_jax.models import families, hf_weights, published, transformer
 from rspo_jax.tokenizer import build_word_tokenizer
 
 MODELS = ("llada_tiny_A", "llada_tiny_gqa", "llada_tiny_bf16", "dream_tiny")
@@ -290,6 +290,16 @@ def test_every_released_name_is_consumed_and_none_left_over(
     2 * int(np.prod(leaf.tensor_shape)) * len(leaf.names) for leaf in leaves
   )
   assert stored_bytes == index["metadata"]["total_size"]
+
+
+@pytest.mark.parametrize(
+  ("key", "name"),
+  [("llada_8b", "llada_8b_instruct"), ("dream_7b", "dream_v0_instruct_7b")],
+)
+def test_a_published_shape_is_what_the_released_config_says(shared, key, name):
+  folder = shared / "fixtures" / "hub_metadata"
+  config = json.loads((folder / f"{name}_config.json").read_text())
+  assert published.PUBLISHED[key] == families.from_hf(config)
 
 
 # --- There and back ----------------------------------------------------------

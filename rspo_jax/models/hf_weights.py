@@ -222,16 +222,8 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
   """
   dtype = _storage_dtype(dtype)
   folder = resolve_folder(path)
-  source_config = read_config(folder)
-  tokenizer = Tokenizer.load(folder, source_config)
-  ids = {}
-  if tokenizer is not None:
-    ids = {
-      "mask_token_id": tokenizer.mask_id,
-      "eos_token_id": tokenizer.eos_id,
-      "pad_token_id": tokenizer.pad_id,
-    }
-  config = families.from_hf(source_config, ids)
+  described = load_config(folder)
+  config, tokenizer = described.config, described.tokenizer
   wanted = leaves(config)
   stored = check_tensors(wanted, read_headers(folder), str(folder))
   if dtype == DTYPE_BY_CODE["BF16"]:
@@ -249,12 +241,35 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
       # The runtime drops its hold on a host buffer only when it is called
       # again; without this two parameters would be in host memory.
       jax.device_put(np.float32(0))
-  return Model(
+  return dataclasses.replace(
+    described,
     config=config,
     params=params,
+    source_files=_companions(folder),
+  )
+
+
+def load_config(path) -> Model:
+  """Reads what a checkpoint is, but no weights: `params` is None.
+
+  Raises:
+    UnsupportedConfig, CorruptFile, CheckpointError: as `load_model`.
+  """
+  folder = resolve_folder(path)
+  source_config = read_config(folder)
+  tokenizer = Tokenizer.load(folder, source_config)
+  ids = {}
+  if tokenizer is not None:
+    ids = {
+      "mask_token_id": tokenizer.mask_id,
+      "eos_token_id": tokenizer.eos_id,
+      "pad_token_id": tokenizer.pad_id,
+    }
+  return Model(
+    config=families.from_hf(source_config, ids),
+    params=None,
     tokenizer=tokenizer,
     source_config=source_config,
-    source_files=_companions(folder),
   )
 
 
