@@ -117,6 +117,14 @@ def get_config() -> ml_collections.ConfigDict:
   evaluation.batch = 256  # prompts decoded together
   evaluation.temperature = 1.0  # of eval/accuracy_sampled
   evaluation.every = 0  # also every so many steps; 0: before and after only
+  evaluation.samples = 1  # completions of a prompt at that temperature; with
+  #                         several pass@k is reported too
+  # Only in --mode=eval: one evaluation of each combination.
+  evaluation.completion_lengths = ""  # such as "128,256,512"; "": the one above
+  evaluation.samplers = ""  # such as "llada,llada+dual+threshold=0.9,entropy";
+  #                           "": as in group sampler
+  evaluation.seeds = ""  # such as "0,1,2"; "": run.seed
+  evaluation.d1_files = False  # also write completions as d1's program does
 
   config.run = run = ml_collections.ConfigDict()
   run.steps = 100

@@ -46,6 +46,7 @@ class Program:
   estimate_fn: Any
   update_fn: Any
   present_fn: Any
+  sampling: Any  # (SamplerSettings, group size) -> a jitted rollout
 
   @property
   def task(self):
@@ -104,7 +105,8 @@ def model_config(
     platform = mesh.devices.flat[0].platform
     dtype = "float32" if platform == "cpu" else "bfloat16"
   longest = settings.prompt_length + max(
-    settings.sampler.completion_length, settings.greedy.completion_length
+    settings.sampler.completion_length,
+    *(each.greedy.completion_length for each in settings.evaluations),
   )
   if longest > config.max_length:
     raise ValueError(
@@ -252,6 +254,7 @@ def assemble(
       functools.partial(rollout.present, scope=settings.likelihood.scope),
       out_shardings=rows,
     ),
+    sampling=sampling,
   )
 
 

@@ -7,6 +7,7 @@ names the key, its value and a remedy, before anything expensive starts.
 import dataclasses
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -38,6 +39,25 @@ class EvalSettings:
   batch: int
   temperature: float
   every: int
+  samples: int
+  d1_files: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """One of the evaluations of --mode=eval.
+
+  Attributes:
+    name: what tells it from the others, part of its files' names; "" where
+      there is one only.
+    greedy, sampled: sampler.SamplerSettings.
+    seed: of its random stream.
+  """
+
+  name: str
+  greedy: Any
+  sampled: Any
+  seed: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +96,7 @@ class Settings:
   step: Any  # train_step.StepSettings
   mesh: dict[str, int]
   eval: EvalSettings
+  evaluations: tuple[Evaluation, ...]  # of --mode=eval, one or more
   run: RunSettings
 
   @property
@@ -98,6 +119,7 @@ _POSITIVE = (
   "reward.memory_mb",
   "train.micro_batch",
   "eval.batch",
+  "eval.samples",
   "run.steps",
   "run.checkpoint_every",
   "run.keep_checkpoints",
@@ -357,13 +379,17 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     config.sampler.steps,
     config.rollout.temperature,
   )
+
+  def eval_sampler(length, temperature):
+    block = config.eval.block_length or min(config.sampler.block_length, length)
+    steps = config.eval.steps or max(
+      1, config.sampler.steps * length // train_length
+    )
+    return sampler_settings(length, block, steps, temperature, "eval")
+
   eval_length = config.eval.completion_length or train_length
-  block = config.eval.block_length or min(
-    config.sampler.block_length, eval_length
-  )
-  steps = config.eval.steps or max(
-    1, config.sampler.steps * eval_length // train_length
-  )
+  greedy = eval_sampler(eval_length, 0.0)
+  sampled = eval_sampler(eval_length, config.eval.temperature)
   shape = sharding.mesh_shape(
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
   )
@@ -454,10 +480,8 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     corrupt_share=config.data.corrupt_share,
     rollout=RolloutSettings(**config.rollout.to_dict()),
     sampler=train_sampler,
-    greedy=sampler_settings(eval_length, block, steps, 0.0, "eval"),
-    sampled=sampler_settings(
-      eval_length, block, steps, config.eval.temperature, "eval"
-    ),
+    greedy=greedy,
+    sampled=sampled,
     likelihood=mask_settings,
     objective=objective,
     normalize_advantages=config.objective.normalize_advantages,
@@ -471,9 +495,117 @@ def build(config, devices: int, planning: bool = False) -> Settings:
       batch=config.eval.batch,
       temperature=config.eval.temperature,
       every=config.eval.every,
+      samples=config.eval.samples,
+      d1_files=config.eval.d1_files,
     ),
+    evaluations=_evaluations(config, eval_length, eval_sampler),
     run=RunSettings(**config.run.to_dict()),
   )
+
+
+def _listed(key: str, text: str, kind, what: str) -> list:
+  """The values of a comma-separated list, each once.
+
+  Raises:
+    ValueError: one is not of its kind.
+  """
+  try:
+    values = [kind(part) for part in text.split(",") if part.strip()]
+  except ValueError as error:
+    raise ValueError(
+      f"{key}={text!r} must be {what}, separated by commas."
+    ) from error
+  return list(dict.fromkeys(values))
+
+
+def _whole(text: str, least: int = 0) -> int:
+  """A whole number that is not too small or large."""
+  value = int(text)
+  if not least <= value < 2**31:
+    raise ValueError(text)
+  return value
+
+
+def _sampler_changes(text: str) -> dict[str, Any]:
+  """What an entry of eval.samplers changes in the sampler's settings.
+
+  Args:
+    text: names of an algorithm, a remasking, a cache, and KEY=NUMBER, joined
+      by +.
+
+  Raises:
+    ValueError: names the part that is not known.
+  """
+  from rspo_jax import sampler
+
+  names = {
+    name: field
+    for field, table in (
+      ("algorithm", sampler.ALGORITHMS),
+      ("remasking", sampler.REMASKING),
+      ("cache", sampler.CACHES),
+    )
+    for name in table
+  }
+  numbers = {
+    "threshold": float,
+    "factor": float,
+    "cfg_scale": float,
+    "top_p": float,
+    "top_k": int,
+  }
+  changes = {}
+  for part in text.split("+"):
+    key, equals, value = part.strip().partition("=")
+    if not equals:
+      _one_of("the part", key, names)
+      changes[names[key]] = key
+      continue
+    _one_of("the number", key, numbers)
+    try:
+      changes[key] = numbers[key](value)
+    except ValueError as error:
+      raise ValueError(f"{key}={value} must be a number.") from error
+  return changes
+
+
+def _evaluations(config, length: int, at_length) -> tuple[Evaluation, ...]:
+  """The evaluations of --mode=eval: lengths x samplers x seeds.
+
+  Args:
+    config: the config.
+    length: completion length where no list says otherwise.
+    at_length: (length, temperature) -> SamplerSettings.
+  """
+  from rspo_jax import sampler
+
+  e = config.eval
+  lengths = _listed(
+    "eval.completion_lengths",
+    e.completion_lengths,
+    lambda part: _whole(part, 1),
+    "whole numbers from 1 on",
+  )
+  specs = _listed("eval.samplers", e.samplers, str.strip, "samplers")
+  seeds = _listed(
+    "eval.seeds", e.seeds, _whole, "whole numbers that are not negative"
+  )
+  found = []
+  for own_length, spec, seed in itertools.product(
+    lengths or [length], specs or [""], seeds or [config.run.seed]
+  ):
+    pair = [at_length(own_length, t) for t in (0.0, e.temperature)]
+    if spec:
+      try:
+        changes = _sampler_changes(spec)
+        pair = [dataclasses.replace(one, **changes) for one in pair]
+        for one in pair:
+          sampler.validate(one)
+      except ValueError as error:
+        raise ValueError(f"eval.samplers={spec!r}: {error}") from error
+    name = "-".join([spec] * bool(specs) + [f"seed{seed}"] * bool(seeds))
+    found.append(Evaluation(name, *pair, seed))
+  return tuple(found)
 
 
 def _reward_settings(reward):

@@ -31,6 +31,7 @@ from rspo_jax import (
   mirror,
   objectives,
   rollout,
+  scores,
   sharding,
   train_step,
   workers,
@@ -117,6 +118,9 @@ class Run:
     self.seconds: dict[str, float] = {}
     self.first_eval: dict[str, float] = {}
     self.last_eval: dict[str, float] = {}
+    self.by_difficulty: list[dict[str, Any]] = []
+    self.greedy_rows: list[dict[str, Any]] = []  # of the last evaluation
+    self._evaluation_fns: dict[Any, Any] = {}
     self.eval_prompts = _prompts(
       program, self.settings.eval.split, self.settings.eval.prompts
     )
@@ -135,30 +139,51 @@ class Run:
 
   # Evaluation.
 
-  def evaluate(self, stem: pathlib.Path) -> dict[str, float]:
+  def evaluate(
+    self,
+    stem: pathlib.Path,
+    evaluation: settings_lib.Evaluation | None = None,
+  ) -> dict[str, float]:
     """Greedy and sampled evaluation; completions go to STEM-<kind>.jsonl.
+
+    Args:
+      stem: folder and beginning of the files' names.
+      evaluation: one of --mode=eval; None: as during training.
 
     Raises:
       Interrupted: a signal came.
     """
     settings, program = self.settings, self.program
+    decodings = {
+      "greedy": (program.greedy_fn, 1),
+      "sampled": (program.sampled_fn, settings.eval.samples),
+    }
+    label, seed = "", settings.run.seed
+    if evaluation is not None:
+      label = f"{scores.sampler_name(evaluation.greedy)}, "
+      label += f"{evaluation.greedy.completion_length} tokens, "
+      seed = evaluation.seed
+      decodings = {
+        kind: (self.evaluation_fn(getattr(evaluation, kind)), samples)
+        for kind, (_, samples) in decodings.items()
+      }
     # Before the first step the policy is the model as it was loaded.
     params = program.params if self.state is None else self.state.params
     results = {}
-    for kind, fn in (
-      ("greedy", program.greedy_fn),
-      ("sampled", program.sampled_fn),
-    ):
+    for kind, (fn, samples) in decodings.items():
+      name = f"{label}{kind} evaluation"
       results[kind] = evaluate.run(
-        functools.partial(self.call, f"{kind} evaluation", fn),
+        functools.partial(self.call, name, fn),
         params,
         self.eval_prompts,
         settings.eval.batch,
         program.mesh,
-        settings.run.seed,
+        seed,
         program.judge,
         program.to_text,
         self.stop_if_asked,
+        samples=samples,
+        warm=name in self._seen,
       )
       self.write_rows(
         stem.with_name(f"{stem.name}-{kind}.jsonl"),
@@ -170,21 +195,37 @@ class Run:
     values = evaluate.metrics(results["greedy"], results["sampled"])
     self.first_eval = self.first_eval or values
     self.last_eval = values
+    self.greedy_rows = results["greedy"].rows
+    self.by_difficulty = evaluate.by_difficulty(
+      [program.task.difficulty(e) for e in self.eval_prompts.examples]
+      if program.task.difficulty
+      else [],
+      results["greedy"],
+      results["sampled"],
+    )
     self.writer.table(
-      [
-        {
-          "decoding": kind,
-          "accuracy": f"{100 * values['eval/accuracy' + end]:.1f} %",
-          "95 % interval": f"{100 * values['eval/ci_low' + end]:.1f} to "
-          f"{100 * values['eval/ci_high' + end]:.1f}",
-          "mean reward": f"{values['eval/reward' + end]:.3f}",
-        }
-        for kind, end in (("greedy", ""), ("sampled", "_sampled"))
-      ],
+      scores.decodings(values),
       title=f"{settings.eval.split} at step {self.step}, "
       f"n = {values['eval/n']}",
     )
+    self.writer.table(scores.passes(values))
+    # Not between the steps of a run, which has other things to say.
+    if evaluation is not None or self.step == settings.run.steps:
+      self.writer.table(scores.difficulties(self.by_difficulty))
     return values
+
+  def evaluation_fn(self, sampling):
+    """The compiled function of an evaluation's sampler, made once."""
+    program = self.program
+    for known, fn in (
+      (self.settings.greedy, program.greedy_fn),
+      (self.settings.sampled, program.sampled_fn),
+      *self._evaluation_fns.items(),
+    ):
+      if known == sampling:
+        return fn
+    fn = self._evaluation_fns[sampling] = program.sampling(sampling, 1)
+    return fn
 
   def stop_if_asked(self, *_) -> None:
     """Gives an evaluation up; several processes see theirs through."""
@@ -715,6 +756,7 @@ def _extra(run: Run, pending: dict | None) -> dict[str, Any]:
   return {
     "first_eval": run.first_eval,
     "last_eval": run.last_eval,
+    "by_difficulty": run.by_difficulty,
     "seconds": run.seconds,
     "pending": pending,
   }
@@ -736,6 +778,8 @@ def _restore(run: Run, checkpointer: Checkpointer):
     run.state, run.step = restored.state, restored.step
     run.first_eval = restored.extra["first_eval"]
     run.last_eval = restored.extra["last_eval"]
+    # Absent in checkpoints of earlier versions.
+    run.by_difficulty = restored.extra.get("by_difficulty", [])
     run.seconds = restored.extra["seconds"]
     saved, pending = restored.step, restored.extra["pending"]
     rows = run.step - (pending is not None)
@@ -756,6 +800,7 @@ def finish(run: Run) -> None:
   summary = {
     "before": run.first_eval,
     "after": run.last_eval,
+    "by_difficulty": run.by_difficulty,
     "seconds": seconds,
     "steps": run.step,
   }
@@ -830,15 +875,45 @@ def _load_evaluated(run: Run) -> str:
 
 
 def evaluate_only(run: Run, source: str) -> int:
-  """Evaluates and prints one line; writes nothing but DIR/eval/."""
-  settings = run.settings
-  name = f"{settings.eval.split}-{settings.greedy.completion_length}"
-  try:
-    values = run.evaluate(run.workdir / "eval" / f"{name}-step{run.step:06d}")
-  except Interrupted:
-    return INTERRUPTED
-  if run.main_process:
-    line = {"model": source, "split": settings.eval.split, "step": run.step}
-    line["completion_length"] = settings.greedy.completion_length
-    print(json.dumps(line | values), flush=True)
+  """Evaluates and prints one line an evaluation; writes DIR/eval/ alone."""
+  settings, folder = run.settings, run.workdir / "eval"
+  for evaluation in settings.evaluations:
+    length = evaluation.greedy.completion_length
+    parts = [settings.eval.split, str(length), evaluation.name]
+    parts = [*filter(None, parts), f"step{run.step:06d}"]
+    stem = folder / "-".join(parts)
+    try:
+      values = run.evaluate(stem, evaluation)
+    except Interrupted:
+      return INTERRUPTED
+    line = {
+      "model": source,
+      "split": settings.eval.split,
+      "step": run.step,
+      "completion_length": length,
+      "sampler": scores.sampler_name(evaluation.greedy),
+      "temperature": evaluation.sampled.temperature,
+      "samples": settings.eval.samples,
+      "seed": evaluation.seed,
+      "task": settings.task["name"],
+      "protocol": settings.task["protocol"],
+    }
+    line |= values | {"by_difficulty": run.by_difficulty}
+    if run.main_process:
+      write_json(folder / f"{stem.name}.json", line)
+      print(json.dumps(line), flush=True)
+      if settings.eval.d1_files:
+        texts = [row["completion"] for row in run.greedy_rows]
+        name, document = scores.d1_document(
+          settings.task["name"],
+          run.eval_prompts.examples,
+          [run.prompt_text(i) for i in range(len(texts))],
+          texts,
+          evaluation.greedy,
+          source,
+        )
+        (folder / "d1" / evaluation.name).mkdir(parents=True, exist_ok=True)
+        write_json(folder / "d1" / evaluation.name / name, document)
+  if run.main_process and len(settings.evaluations) > 1:
+    run.writer.table(scores.table(scores.read([folder])))
   return DONE

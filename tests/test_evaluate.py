@@ -1,5 +1,6 @@
 """Intervals against their defining equation; evaluation batch by batch."""
 
+import itertools
 import math
 
 import numpy as np
@@ -81,7 +82,7 @@ class Echo:
     )
 
 
-def run(total, batch, seed=0, on_batch=lambda done, total: None):
+def run(total, batch, seed=0, on_batch=lambda done, total: None, **options):
   """An evaluation of `total` prompts, prompt i being [i, i, i]."""
   tokens = np.repeat(np.arange(total)[:, None], 3, axis=1).astype(np.int32)
   prompts = evaluate.Prompts(
@@ -101,7 +102,16 @@ def run(total, batch, seed=0, on_batch=lambda done, total: None):
   echo = Echo()
   mesh = sharding.make_mesh()
   result = evaluate.run(
-    echo, "params", prompts, batch, mesh, seed, judge, to_text, on_batch
+    echo,
+    "params",
+    prompts,
+    batch,
+    mesh,
+    seed,
+    judge,
+    to_text,
+    on_batch,
+    **options,
   )
   return result, echo.calls
 
@@ -122,8 +132,9 @@ def test_every_prompt_is_judged_once_on_its_own_completion(total, batch):
       "parts": {"p": 1.0},
       "reason": row["completion"],
     }
-  np.testing.assert_array_equal(result.correct, np.arange(total) % 3 == 0)
-  np.testing.assert_array_equal(result.lengths, 1 + np.arange(total) % 3)
+  numbers = np.arange(total)[:, None]
+  np.testing.assert_array_equal(result.correct, numbers % 3 == 0)
+  np.testing.assert_array_equal(result.lengths, 1 + numbers % 3)
   assert result.accuracy == pytest.approx(-(-total // 3) / total)
   assert result.denoiser_calls == 3
 
@@ -167,3 +178,112 @@ def test_metrics_name_both_decodings_with_their_intervals():
   assert interval == pytest.approx(endpoints(3, 9), abs=1e-9)
   interval = values["eval/ci_low_sampled"], values["eval/ci_high_sampled"]
   assert interval == pytest.approx(endpoints(2, 4), abs=1e-9)
+  assert values["eval/denoiser_calls"] == 3
+  assert not any("pass_at" in key for key in values)
+
+
+def test_a_speed_is_told_only_of_batches_that_had_nothing_to_compile():
+  cold, _ = run(3, 3)
+  assert cold.tokens_per_s is None
+  assert not [k for k in evaluate.metrics(cold, cold) if k.endswith("per_s")]
+  for result, _ in (run(4, 3), run(3, 3, warm=True)):
+    assert result.tokens_per_s > 0
+    values = evaluate.metrics(cold, result)
+    assert values["eval/tokens_sampled_per_s"] == result.tokens_per_s
+    assert "eval/tokens_per_s" not in values
+
+
+# Several samples of a prompt.
+
+
+def test_several_samples_have_keys_of_their_own_and_begin_with_the_single_one():
+  single, calls = run(7, 3)
+  several, more = run(7, 3, samples=4)
+  assert len(more) == 4 * len(calls)
+  keys = [key for _, _, key in more]
+  assert keys[: len(calls)] == [key for _, _, key in calls]
+  assert len(set(map(str, keys))) == len(keys)
+  assert several.correct.shape == (7, 4)
+  np.testing.assert_array_equal(several.correct, single.correct.repeat(4, 1))
+  assert [(row["index"], row["sample"]) for row in several.rows] == [
+    (i, j) for i in range(7) for j in range(4)
+  ]
+  assert "sample" not in single.rows[0]
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 8])
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(m):
+  correct = np.random.default_rng(m).random((6, m)) < 0.3
+  for k in range(1, m + 1):
+    subsets = list(itertools.combinations(range(m), k))
+    share = np.mean([[row[list(s)].any() for s in subsets] for row in correct])
+    assert evaluate.pass_at_k(correct, k) == pytest.approx(share, abs=1e-12)
+  for k in (0, m + 1):
+    with pytest.raises(ValueError, match=f"k={k}"):
+      evaluate.pass_at_k(correct, k)
+
+
+def test_pass_at_k_is_unbiased():
+  # Every prompt is right with probability 0.3: of k tries, 1 - 0.7^k.
+  rng = np.random.default_rng(0)
+  correct = rng.random((40_000, 6)) < 0.3
+  for k in (1, 2, 4):
+    # A standard error is at most 0.0023.
+    assert abs(evaluate.pass_at_k(correct, k) - (1 - 0.7**k)) < 0.01
+
+
+def test_the_reported_k_are_powers_of_two_and_all():
+  assert evaluate.ks_of(1) == [1]
+  assert evaluate.ks_of(8) == [1, 2, 4, 8]
+  assert evaluate.ks_of(6) == [1, 2, 4, 6]
+  several, _ = run(7, 3, samples=6)
+  values = evaluate.metrics(run(7, 3)[0], several)
+  for k in (1, 2, 4, 6):  # a prompt's samples are all right or all wrong
+    assert values[f"eval/pass_at_{k}"] == pytest.approx(3 / 7)
+  assert values["eval/n"] == 7
+
+
+def test_the_interval_of_several_samples_counts_prompts_that_are_alike():
+  alike = (np.arange(50) % 3 == 0)[:, None].repeat(8, 1)
+  assert evaluate.clustered_interval(alike) == pytest.approx(
+    evaluate.wilson_interval(17, 50), abs=0.01
+  )
+  # Samples that do not depend on their prompt are as good as prompts.
+  free = np.random.default_rng(0).random((500, 8)) < 0.4
+  low, high = evaluate.clustered_interval(free)
+  wide = np.diff(evaluate.wilson_interval(free.sum(), free.size))[0]
+  assert wide <= (high - low) * (1 + 1e-9) < 1.2 * wide
+  for certain in (np.zeros((5, 4), bool), np.ones((5, 4), bool)):
+    expected = evaluate.wilson_interval(5 * certain[0, 0], 5)
+    assert evaluate.clustered_interval(certain) == expected
+
+
+def test_the_interval_of_several_samples_holds_the_truth_95_times_of_100():
+  rng = np.random.default_rng(1)
+  held = 0
+  for _ in range(400):
+    # Prompts differ: each is solved with its own probability, 0.3 on average.
+    p = rng.beta(0.6, 1.4, (60, 1))
+    low, high = evaluate.clustered_interval(rng.random((60, 4)) < p)
+    held += low <= 0.3 <= high
+  # A standard error is 1.1 points.
+  assert held / 400 > 0.915
+
+
+# Difficulty.
+
+
+def test_accuracies_are_split_by_difficulty():
+  greedy, _ = run(7, 3)
+  sampled, _ = run(7, 3, samples=2)
+  labels = ["10 empty", "9 empty", "9 empty", None, "10 empty", "9 empty", None]
+  rows = evaluate.by_difficulty(labels, greedy, sampled)
+  assert [row["difficulty"] for row in rows] == ["9 empty", "10 empty"]
+  nine, ten = rows
+  assert (nine["n"], nine["accuracy"]) == (3, 0.0)
+  assert (ten["n"], ten["accuracy"]) == (2, 0.5)
+  assert ten["accuracy_sampled"] == 0.5
+  interval = ten["ci_low"], ten["ci_high"]
+  assert interval == evaluate.wilson_interval(1, 2)
+  assert evaluate.by_difficulty([None] * 7, greedy, sampled) == []
+  assert evaluate.by_difficulty([], greedy, sampled) == []

@@ -14,6 +14,7 @@ LEVELS = {
   "rspo_jax.likelihood": 0,
   "rspo_jax.sampler": 0,
   "rspo_jax.sharding": 0,
+  "rspo_jax.scores": 0,
   "rspo_jax.metrics": 0,
   "rspo_jax.mirror": 0,
   "rspo_jax.tokenizer": 0,

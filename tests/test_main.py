@@ -15,7 +15,7 @@ import pytest
 import tiny_runs
 from hypothesis import strategies as st
 
-from rspo_jax import main, settings, train
+from rspo_jax import main, scores, settings, train
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUDOKU = str(ROOT / "configs" / "sudoku.py")
@@ -106,6 +106,14 @@ BAD_VALUES = [
   ("eval.prompts", "-1", "negative"),
   ("eval.temperature", "-1.0", "negative"),
   ("eval.every", "-2", "negative"),
+  ("eval.samples", "0", "at least 1"),
+  ("eval.completion_lengths", "8,x", "commas"),
+  ("eval.completion_lengths", "8,0", "from 1 on"),
+  ("eval.seeds", "0,-1", "not negative"),
+  ("eval.samplers", "lada", "'llada'"),
+  ("eval.samplers", "llada+thresold=0.9", "'threshold'"),
+  ("eval.samplers", "llada+threshold=high", "a number"),
+  ("eval.samplers", "llada+threshold=0.9+factor=1", "threshold"),
   ("train.micro_batch", "24", "use 32"),
   ("train.micro_batch", "64", "use 32"),
   ("train.passes", "three", "choose from"),
@@ -545,6 +553,11 @@ def evaluate(command, capsys):
   return json.loads(out)
 
 
+def repeats(key):
+  """Whether a metric is the same every time."""
+  return "/" in key and not key.endswith("_per_s")
+
+
 def test_eval_of_a_run_repeats_its_last_evaluation(
   tiny, whole, tmp_path, capsys
 ):
@@ -552,16 +565,18 @@ def test_eval_of_a_run_repeats_its_last_evaluation(
   before = tiny_runs.files(folder)
   line = evaluate(tiny(folder), capsys)
   last = tiny_runs.rows(whole)[-1]
-  assert {k: v for k, v in line.items() if "/" in k} == {
-    k: v for k, v in last.items() if k.startswith("eval/")
+  assert {k: v for k, v in line.items() if repeats(k)} == {
+    k: v for k, v in last.items() if k.startswith("eval/") and repeats(k)
   }
   assert line["step"] == last["step"] and line["split"] == "validation"
   assert line["model"] == f"{folder}/checkpoints at step {last['step']}"
   after = tiny_runs.files(folder)
   written = after.keys() - before.keys()
   assert {k: after[k] for k in before} == before
-  assert len(written) == 2 and all(k.startswith("eval/") for k in written)
-  for name in written:
+  assert len(written) == 3 and all(k.startswith("eval/") for k in written)
+  (summary,) = (name for name in written if name.endswith(".json"))
+  assert json.loads(after[summary]) == line
+  for name in written - {summary}:
     kind = name.rpartition("-")[2]
     sample = folder / "samples" / f"eval-{last['step']:06d}-{kind}"
     assert after[name] == sample.read_bytes()
@@ -580,7 +595,10 @@ def test_eval_of_a_model_makes_no_run_of_a_folder(
   assert line["eval/reward_sampled"] == first["eval/reward_sampled"]
   assert [path.name for path in folder.iterdir()] == ["eval"]
   # Once more in the same folder, and then a run.
-  assert evaluate(tiny(folder), capsys) == line
+  again = evaluate(tiny(folder), capsys)
+  assert {k: v for k, v in again.items() if not k.endswith("per_s")} == {
+    k: v for k, v in line.items() if not k.endswith("per_s")
+  }
   assert main.main(tiny(folder)) == 0
   assert tiny_runs.repeatable(folder) == tiny_runs.repeatable(whole)
 
@@ -600,10 +618,56 @@ def test_eval_has_its_own_length_and_split(tiny, whole, tmp_path, capsys):
   assert line["completion_length"] == 8 and line["split"] == "test"
   assert line["eval/n"] == 3 and line["eval/length_mean"] <= 8
   assert line["model"] == str(whole / "model")
-  for path in (folder / "eval").iterdir():
+  for path in (folder / "eval").glob("*.jsonl"):
     for text in path.open():
       row = json.loads(text)
       assert row["length"] <= 8 and len(row["completion"]) <= 8
+
+
+def test_several_evaluations_are_one_command(tiny, tmp_path, capsys):
+  folder = tmp_path / "run"
+  command = tiny(
+    folder,
+    eval__completion_lengths="8,16",
+    eval__samplers="entropy+top_k=3",
+    eval__seeds="3,4",
+    eval__samples=2,
+    eval__prompts=5,
+    eval__d1_files="true",
+  )
+  assert main.main([*command, "--mode=eval"]) == 0
+  out, err = capsys.readouterr()
+  lines = [json.loads(text) for text in out.splitlines()]
+  combinations = [(8, 3), (8, 4), (16, 3), (16, 4)]
+  told = [(line["completion_length"], line["seed"]) for line in lines]
+  assert told == combinations
+  assert {line["sampler"] for line in lines} == {"entropy+top_k=3"}
+  assert {path.name for path in (folder / "eval").glob("*.json*")} == {
+    f"validation-{length}-entropy+top_k=3-seed{seed}-step000000{end}"
+    for length, seed in combinations
+    for end in (".json", "-greedy.jsonl", "-sampled.jsonl")
+  }
+  # Another seed is other samples of the same greedy policy.
+  assert lines[0]["eval/reward"] == lines[1]["eval/reward"]
+  assert len({line["eval/reward_sampled"] for line in lines}) == 4
+  for line in lines:
+    assert line["eval/pass_at_2"] >= line["eval/pass_at_1"]
+    assert line["eval/n"] == sum(row["n"] for row in line["by_difficulty"]) == 5
+  # The table over all of them, on the terminal and from the files.
+  assert "sampled, 95 %" in err
+  assert scores.main([str(folder)]) == 0
+  table = capsys.readouterr().out.splitlines()
+  assert len(table) == 2 + len(lines)
+  header = [cell.strip() for cell in table[0].strip("|").split("|")]
+  assert header[:2] == ["length", "seed"]
+  # d1's layout.
+  paths = sorted((folder / "eval" / "d1").rglob("*_generations.json"))
+  assert len(paths) == len(lines)
+  document = json.loads(paths[0].read_text())
+  assert document["gen_length"] in (8, 16)
+  for row in document["generations"]:
+    question = f"Solve the following Sudoku puzzle: {row['prompt_input']}\n"
+    assert row["question"] == question
 
 
 def test_eval_of_nothing_is_refused(tiny, whole, tmp_path, capsys):

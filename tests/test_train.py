@@ -107,6 +107,7 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
   for part, row in (("before", rows[0]), ("after", rows[-1])):
     expected = {k: v for k, v in row.items() if k.startswith("eval/")}
     assert summary[part] == expected
+  assert sum(row["n"] for row in summary["by_difficulty"]) == 12
 
 
 def test_metrics_hold_every_step_once_with_the_keys_of_the_contract(whole):

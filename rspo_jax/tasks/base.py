@@ -74,6 +74,8 @@ class Task:
     verify_all: (pairs of example and completion, protocol, weights) -> their
       verdicts, where a verifier is faster on many (it has worker processes);
       None: `verify` one by one.
+    difficulty: example -> name of its class, by which accuracies are split, or
+      None where it says nothing; None where the task knows no classes.
   """
 
   name: str
@@ -85,6 +87,7 @@ class Task:
   weights: Mapping[str, float]
   styles: tuple[str, ...] = ("compact",)
   verify_all: Callable[..., list[Verdict]] | None = None
+  difficulty: Callable[[Example], str | None] | None = None
 
   def judge(
     self,

@@ -228,6 +228,23 @@ def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
   )
 
 
+def difficulty(example: base.Example) -> str:
+  """How many numbers, and whether the known solution multiplies or divides."""
+  count = f"{len(example['ground_truth'][0])} numbers"
+  if "solution" not in example:
+    return count
+  times = sum(character in "*/" for character in example["solution"])
+  return f"{count}, {times} of * and /"
+
+
 TASK = base.Task(
-  "countdown", load, prompt, demonstration, corrupt, verify, WEIGHTS, STYLES
+  "countdown",
+  load,
+  prompt,
+  demonstration,
+  corrupt,
+  verify,
+  WEIGHTS,
+  STYLES,
+  difficulty=difficulty,
 )

@@ -21,6 +21,7 @@ STYLES = ("compact", *prompts.STYLES)
 # An answer is short; more than this is a text, not an answer.
 _MAX_ANSWER = 400
 _MAX_DIGITS = 40
+_MANY_STEPS = 7  # beyond it problems are too few for a class each
 
 _NUMBER = re.compile(
   r"(?P<sign>[-+]\s*\$?\s*)?"
@@ -183,6 +184,7 @@ def parse_row(row) -> base.Example:
       f"expected an answer that ends in '#### number', got {answer[-40:]!r}."
     )
   example = {"question": question, "answer_string": last.strip()}
+  example["steps"] = answer.count("<<")
   example["ground_truth"] = float(gold(example))
   return example
 
@@ -198,4 +200,22 @@ def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
   return files.load_split(settings.source, split, parse_row)
 
 
-TASK = base.Task("gsm8k", load, prompt, None, None, verify, WEIGHTS, STYLES)
+def difficulty(example: base.Example) -> str | None:
+  """The number of calculations in the reference solution."""
+  steps = example.get("steps")
+  if not steps:
+    return None
+  return f"{steps} steps" if steps < _MANY_STEPS else f"{_MANY_STEPS} or more"
+
+
+TASK = base.Task(
+  "gsm8k",
+  load,
+  prompt,
+  None,
+  None,
+  verify,
+  WEIGHTS,
+  STYLES,
+  difficulty=difficulty,
+)

@@ -259,6 +259,14 @@ def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
   return examples
 
 
+def difficulty(example: base.Example) -> str | None:
+  """The level that the problem's author gave it."""
+  level = str(example.get("level", ""))
+  return (
+    f"level {level.lower().removeprefix('level').strip()}" if level else None
+  )
+
+
 TASK = base.Task(
   "math500",
   load,
@@ -269,4 +277,5 @@ TASK = base.Task(
   WEIGHTS,
   STYLES,
   verify_all=verify_all,
+  difficulty=difficulty,
 )

@@ -120,6 +120,12 @@ def parse_row(row) -> base.Example:
   return {**row, "prompt": prompt}
 
 
+def difficulty(example: base.Example) -> str | None:
+  """The field `difficulty` of a row, where it has one."""
+  found = example.get("difficulty")
+  return None if found is None else str(found)
+
+
 def make_task(target: str, settings: RewardSettings) -> base.Task:
   """Makes the task that a user's function scores.
 
@@ -169,6 +175,7 @@ def make_task(target: str, settings: RewardSettings) -> base.Task:
     WEIGHTS,
     STYLES,
     verify_all=verify_all,
+    difficulty=difficulty,
   )
 
 

@@ -183,6 +183,19 @@ def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
   )
 
 
+def difficulty(example: base.Example) -> str:
+  """The number of empty cells."""
+  return f"{example['puzzle'].count('0')} empty"
+
+
 TASK = base.Task(
-  "sudoku", load, prompt, demonstration, corrupt, verify, WEIGHTS, STYLES
+  "sudoku",
+  load,
+  prompt,
+  demonstration,
+  corrupt,
+  verify,
+  WEIGHTS,
+  STYLES,
+  difficulty=difficulty,
 )
