@@ -152,6 +152,7 @@ def run(
   *,
   samples: int = 1,
   warm: bool = False,
+  denoising: Callable = lambda tokens, scored, commit_step: None,
 ) -> Result:
   """Samples completions of every prompt and judges them.
 
@@ -172,6 +173,8 @@ def run(
       evaluation with fewer.
     warm: whether `rollout_fn` is compiled, so that its first batch tells its
       speed too.
+    denoising: (tokens [n, L], mask [n, L], commit_step [n, L]) -> a dict for
+      each row of the result, or None.
 
   Returns:
     `Result` over all prompts, the same on every process.
@@ -209,6 +212,9 @@ def run(
     examples = [prompts.examples[i] for i in picked]
     judged = judge(examples, to_text(completions, scored))
     lengths = scored.sum(1)
+    played = denoising(
+      completions, scored, sharding.local_rows(out.commit_step)
+    )
     for i in np.flatnonzero(real):
       rows.append(
         {
@@ -217,6 +223,7 @@ def run(
           "completion": judged.texts[i],
           **rollout.verdict_row(judged.verdicts[i]),
           "length": int(lengths[i]),
+          **(played[i] if played else {}),
         }
       )
     on_batch(sample * total + min(start + batch, total), samples * total)

@@ -19,6 +19,7 @@ from rspo_jax import (
   rollout,
   sharding,
   tasks,
+  traces,
   train_step,
 )
 from rspo_jax import settings as settings_lib
@@ -69,6 +70,11 @@ class Program:
   def to_text(self, tokens, mask) -> list[str]:
     """Texts of completions up to their first EOS."""
     return rollout.to_text(self.model.tokenizer, tokens, mask)
+
+  @functools.cached_property
+  def pieces(self) -> traces.Pieces:
+    """Text of single tokens."""
+    return traces.Pieces(self.model.tokenizer)
 
   def compiled_programs(self) -> dict[str, int]:
     """Number of compilations of each jitted function so far."""

@@ -985,3 +985,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     f"{len(text.encode()) / 1e6:.2f} MB"
   )
   return DONE
+
+
+if __name__ == "__main__":
+  sys.exit(main())

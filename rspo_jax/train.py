@@ -26,6 +26,7 @@ from flax import linen as nn
 
 from rspo_jax import (
   data,
+  environment,
   evaluate,
   metrics,
   mirror,
@@ -33,6 +34,7 @@ from rspo_jax import (
   rollout,
   scores,
   sharding,
+  traces,
   train_step,
   workers,
 )
@@ -44,7 +46,11 @@ from rspo_jax.models import hf_weights
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 SUMMARY = "summary.json"
+ENVIRONMENT = "environment.json"
+# Below it the gap is the advantage: rspo.md's bound for saying so.
+NEGLIGIBLE_SHARE = 0.01
 SAMPLED_GROUPS = 8  # groups of a rollout that samples/ shows
+TEXT_ROWS = 16  # completions of it that TensorBoard shows
 FAULTS = (
   metrics.NonFiniteMetric,
   metrics.MetricsError,
@@ -124,6 +130,7 @@ class Run:
     self.eval_prompts = _prompts(
       program, self.settings.eval.split, self.settings.eval.prompts
     )
+    self.compiling_s = 0.0  # first calls, this process's
     self._seen: set[str] = set()
 
   def call(self, name: str, fn, *args):
@@ -134,7 +141,10 @@ class Run:
       if name not in self._seen:
         self._seen.add(name)
         stack.enter_context(self.writer.phase(f"compiling {name}"))
-        return jax.block_until_ready(fn(*args))
+        start = time.perf_counter()
+        out = jax.block_until_ready(fn(*args))
+        self.compiling_s += time.perf_counter() - start
+        return out
       return fn(*args)
 
   # Evaluation.
@@ -184,6 +194,7 @@ class Run:
         self.stop_if_asked,
         samples=samples,
         warm=name in self._seen,
+        denoising=functools.partial(traces.denoising_rows, program.pieces),
       )
       self.write_rows(
         stem.with_name(f"{stem.name}-{kind}.jsonl"),
@@ -316,13 +327,8 @@ class Run:
     values["rollout/tokens_per_s"] = (
       ended.size * jax.process_count() / watch.seconds["time/rollout_s"]
     )
-    every = settings.run.samples_every
-    if every and (self.step + 1) % every == 0:
-      rows = sharding.gather_json(self.sample_rows(prompts, judged))
-      self.write_rows(
-        self.workdir / "samples" / f"train-{self.step + 1:06d}.jsonl",
-        rows[: SAMPLED_GROUPS * group],
-      )
+    if self.samples_due():
+      self.keep_samples(prompts, judged, out)
     if early is not None:
       put = functools.partial(sharding.put_global, program.mesh)
       batch = early[0].replace(
@@ -331,18 +337,86 @@ class Run:
       return (batch, early[1]), values
     return sharding.put_global(program.mesh, host), values
 
-  def sample_rows(self, prompts, judged) -> list[dict[str, Any]]:
-    """Rows of samples/ for this process's first groups of a rollout."""
+  def samples_due(self) -> bool:
+    """Whether the step in progress leaves samples."""
+    every = self.settings.run.samples_every
+    return bool(every) and (self.step + 1) % every == 0
+
+  def keep_samples(self, prompts, judged, out) -> None:
+    """The first groups of a rollout into samples/ and TensorBoard."""
     group = self.settings.rollout.group_size
     count = min(SAMPLED_GROUPS * group, len(judged.texts))
-    return [
+    scored = sharding.local_rows(out.completion_mask)[:count]
+    length = scored.shape[1]
+    played = traces.denoising_rows(
+      self.program.pieces,
+      sharding.local_rows(out.tokens)[:count, -length:],
+      scored,
+      sharding.local_rows(out.commit_step)[:count],
+    )
+    rows = [
       {
         "prompt": self.program.prompt(prompts.examples[i // group]),
         "completion": judged.texts[i],
         **rollout.verdict_row(judged.verdicts[i]),
+        **played[i],
       }
       for i in range(count)
     ]
+    rows = sharding.gather_json(rows)[: SAMPLED_GROUPS * group]
+    rewards = sharding.gather_rows(judged.rewards)
+    step = self.step + 1
+    self.write_rows(self.workdir / "samples" / f"train-{step:06d}.jsonl", rows)
+    self.writer.text(
+      step, "samples/completions", traces.readable(rows[:TEXT_ROWS])
+    )
+    self.writer.histogram(step, "reward", rewards)
+
+  def keep_calibration(self, batch, reference, policy) -> None:
+    """Targets beside estimates into samples/, their spread to TensorBoard.
+
+    In the one-pass form the policy is scored here once more: a forward in
+    `run.samples_every` steps.
+    """
+    objective = self.settings.objective
+    has_gap = objective.name == "rspo"
+    if not objectives.OBJECTIVES[objective.name].uses_reference:
+      return
+    if policy is None:
+      policy = self.call(
+        "scores",
+        self.program.estimate_fn,
+        self.state.params,
+        batch,
+        self.mask_key(),
+      )
+    columns = traces.calibration(
+      *(
+        sharding.gather_rows(sharding.local_rows(x))
+        for x in (
+          policy,
+          reference,
+          batch.advantage,
+          batch.completion_mask.sum(-1),
+          batch.keep,
+          batch.row,
+        )
+      ),
+      objective,
+    )
+    step = self.step + 1
+    if has_gap and "target" in columns:
+      self.write_rows(
+        self.workdir / "samples" / f"calibration-{step:06d}.jsonl",
+        traces.calibration_rows(columns),
+      )
+    for name, key in (
+      ("score/relative", "relative"),
+      ("score/centred", "estimate"),
+      ("gap", "gap"),
+    ):
+      if has_gap or key == "relative":
+        self.writer.histogram(step, name, columns[key])
 
   def mask_key(self):
     """Key of this step's masks, shared by policy and reference."""
@@ -386,7 +460,7 @@ class Run:
 
   def train_one(self, batches) -> dict[str, float]:
     """One step; returns its metrics as floats."""
-    start = time.perf_counter()
+    start, compiled_s = time.perf_counter(), self.compiling_s
     watch = Stopwatch()
     if self.settings.supervised:
       batch, values = self.demonstration_batch(batches, watch)
@@ -399,6 +473,9 @@ class Run:
         reference, policy = self.scores(batch)
       self.check_start(batch, reference)
       jax.block_until_ready((reference, policy))
+    if self.samples_due():
+      with watch("time/samples_s"):
+        self.keep_calibration(batch, reference, policy)
     with watch("time/update_s"):
       self.state, device_values = self.call(
         "update",
@@ -414,9 +491,10 @@ class Run:
     values = {k: float(v) for k, v in device_values.items()} | values
     values |= watch.seconds
     values["time/step_s"] = time.perf_counter() - start
-    for key, value in values.items():
-      if key.startswith("time/"):
-        self.seconds[key] = self.seconds.get(key, 0.0) + value
+    spent = {k: v for k, v in values.items() if k.startswith("time/")}
+    spent["first_calls"] = self.compiling_s - compiled_s
+    for key, value in spent.items():
+      self.seconds[key] = self.seconds.get(key, 0.0) + value
     return values
 
   def mirror(self) -> None:
@@ -661,6 +739,7 @@ def _open_workdir(run: Run) -> None:
     brought = run.home.pull()
     run.workdir.mkdir(parents=True, exist_ok=True)
     write_json(run.workdir / settings_lib.CONFIG, run.config)
+    write_json(run.workdir / ENVIRONMENT, environment.describe())
     if run.home.in_bucket:
       run.writer.say(
         f"Local copies in {run.workdir}; {brought} files came from the bucket."
@@ -804,6 +883,9 @@ def finish(run: Run) -> None:
     "seconds": seconds,
     "steps": run.step,
   }
+  share = lambda_share(run)
+  if share is not None:
+    summary["lambda_share"] = share
   if run.main_process:
     write_json(run.workdir / SUMMARY, summary)
   rows = []
@@ -830,17 +912,48 @@ def finish(run: Run) -> None:
     f"{run.step} steps",
   )
   total = max(seconds.get("time/step_s", 0.0), 1e-9)
-  split = ", ".join(
-    f"{key[5:-2]} {100 * value / total:.0f} %"
+  phases = {
+    key[5:-2]: value
     for key, value in seconds.items()
-    if key != "time/step_s"
+    if key.startswith("time/") and key != "time/step_s"
+  }
+  phases["other"] = max(0.0, total - sum(phases.values()))
+  split = ", ".join(
+    f"{name} {100 * value / total:.0f} %" for name, value in phases.items()
   )
-  writer.say(f"Steps took {total:.0f} s: {split}.")
+  first_s = seconds.get("first_calls", 0.0)
   writer.say(
-    f"In {run.home.address}: metrics.jsonl, samples/, tensorboard/, checkpoints/"
+    f"Steps took {total:.0f} s, {first_s:.0f} s of them in first calls, which "
+    f"compile: {split}."
+  )
+  if share is not None and share < NEGLIGIBLE_SHARE:
+    writer.say(
+      f"gap/lambda_share was {share:.1e} on average: the gap was the advantage "
+      "and this run advantage-weighted ELBO. A larger objective.lambda_ makes "
+      "the gap act."
+    )
+  folder = run.workdir
+  writer.say(
+    f"In {run.home.address}: metrics.jsonl, samples/, checkpoints/"
+    + (", tensorboard/" if settings.run.tensorboard else "")
     + (", model/" if settings.run.export else "")
     + "."
   )
+  writer.say("Next:")
+  writer.say(f"  python -m rspo_jax.report {folder} --out=report.html")
+  writer.say("  the same command with --mode=eval --config.eval.split=test")
+
+
+def lambda_share(run: Run) -> float | None:
+  """Mean of gap/lambda_share over the run's rows; None without a lambda."""
+  if not run.settings.objective.lambda_:
+    return None
+  shares = [
+    row["gap/lambda_share"]
+    for row in metrics.read_rows(run.writer.path)
+    if row.get("gap/lambda_share") is not None
+  ]
+  return float(np.mean(shares)) if shares else None
 
 
 def _load_evaluated(run: Run) -> str:

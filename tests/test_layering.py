@@ -20,6 +20,8 @@ LEVELS = {
   "rspo_jax.tokenizer": 0,
   "rspo_jax.checkpoint": 0,
   "rspo_jax.interrupt": 0,
+  "rspo_jax.traces": 0,
+  "rspo_jax.environment": 1,
   "rspo_jax.models": 0,
   "rspo_jax.models.families": 0,
   "rspo_jax.tasks.base": 0,

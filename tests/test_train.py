@@ -90,6 +90,7 @@ def test_a_run_leaves_the_files_of_the_contract(whole):
   names = {path.name for path in whole.iterdir()}
   assert names == {
     "config.json",
+    "environment.json",
     "metrics.jsonl",
     "checkpoints",
     "samples",
@@ -165,7 +166,11 @@ def test_samples_hold_prompt_completion_reward_and_verdict(whole):
   evaluated = [f"{step:06d}" for step in (0, 2, 4, STEPS)]
   assert names == sorted(
     [f"eval-{s}-{kind}.jsonl" for s in evaluated for kind in KINDS]
-    + [f"train-{step:06d}.jsonl" for step in range(1, STEPS + 1)]
+    + [
+      f"{kind}-{step:06d}.jsonl"
+      for kind in ("train", "calibration")
+      for step in range(1, STEPS + 1)
+    ]
   )
   puzzles = {}
   for line in (whole / "samples" / "train-000001.jsonl").open():
@@ -180,6 +185,46 @@ def test_samples_hold_prompt_completion_reward_and_verdict(whole):
     for line in (whole / "samples" / "eval-000000-greedy.jsonl").open()
   ]
   assert [row["index"] for row in rows] == list(range(12))
+
+
+def test_samples_tell_which_forward_wrote_each_piece(whole):
+  for name in ("eval-000000-greedy", "train-000003"):
+    for line in (whole / "samples" / f"{name}.jsonl").open():
+      row = json.loads(line)
+      pieces, steps = row["pieces"], row["commit_step"]
+      text = [piece for piece in pieces if not piece.startswith("<")]
+      assert "".join(text) == row["completion"]
+      # 16 positions, 4 forwards of a block: each writes as many as the others.
+      assert len(steps) == len(pieces) and set(steps) <= {0, 1, 2, 3}
+
+
+def test_calibration_rows_have_the_slope_that_was_logged(whole):
+  logged = tiny_runs.rows(whole)
+  lambda_ = json.loads((whole / "config.json").read_text())["objective"][
+    "lambda_"
+  ]
+  for step in (2, STEPS):
+    rows = [
+      json.loads(line)
+      for line in (whole / "samples" / f"calibration-{step:06d}.jsonl").open()
+    ]
+    advantage, estimate = (
+      np.array([row[key] for row in rows]) for key in ("advantage", "estimate")
+    )
+    kept = logged[step]["update/kept_share"]
+    assert len(rows) == round(32 * kept)
+    slope = np.polyfit(advantage, estimate, 1)[0]
+    assert slope == pytest.approx(
+      logged[step]["calibration/slope"], rel=1e-3, abs=1e-6
+    )
+    for row in rows:
+      assert row["target"] == pytest.approx(
+        row["advantage"] / lambda_, rel=1e-4
+      )
+      gap = row["advantage"] - lambda_ * row["estimate"]
+      assert row["gap"] == pytest.approx(gap, rel=1e-3, abs=1e-4)
+    centred = estimate.reshape(-1, 4).sum(1)
+    np.testing.assert_allclose(centred, 0, atol=1e-5)
 
 
 def share_of_cells(row):
@@ -554,7 +599,29 @@ def assert_agrees(folder, whole, steps=3):
   for name in names:
     if int(name.split(".")[0].split("-")[1]) <= steps:
       one, other = folder / "samples" / name, whole / "samples" / name
-      assert one.read_bytes() == other.read_bytes(), name
+      if name.startswith("calibration"):
+        assert_close(one, other)
+      else:
+        assert texts(one) == texts(other), name
+
+
+def texts(path):
+  """Rows of samples without the order in which a text came about.
+
+  Two positions may be equally sure: which is first is then a matter of
+  rounding, and the text the same.
+  """
+  rows = [json.loads(line) for line in path.open()]
+  return [{k: v for k, v in r.items() if k != "commit_step"} for r in rows]
+
+
+def assert_close(one, other):
+  """Rows of numbers agree as metrics do."""
+  pairs = zip(one.open(), other.open(), strict=True)
+  for first, second in pairs:
+    second = json.loads(second)
+    # Targets are A / lambda, estimates differences of scores of order 1.
+    assert json.loads(first) == pytest.approx(second, rel=1e-5, abs=1e-5)
 
 
 def test_eight_devices_give_the_run_of_one(
