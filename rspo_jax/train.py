@@ -31,6 +31,7 @@ from rspo_jax import (
   metrics,
   mirror,
   objectives,
+  processes,
   rollout,
   scores,
   sharding,
@@ -49,6 +50,7 @@ SUMMARY = "summary.json"
 ENVIRONMENT = "environment.json"
 # Below it the gap is the advantage: rspo.md's bound for saying so.
 NEGLIGIBLE_SHARE = 0.01
+SHARED_FOLDER_S = 60.0  # until a network disk must show what was written
 SAMPLED_GROUPS = 8  # groups of a rollout that samples/ shows
 TEXT_ROWS = 16  # completions of it that TensorBoard shows
 FAULTS = (
@@ -568,50 +570,6 @@ def rollout_metrics(
   }
 
 
-def initialise() -> None:
-  """Joins the other processes, where there are any.
-
-  Raises:
-    ValueError: variables that make no sense, or no device at all.
-  """
-  environment = os.environ
-  if environment.get("JAX_PLATFORMS", "") == "cpu":
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  if "JAX_COORDINATOR_ADDRESS" in environment:
-    count = _count_from("JAX_NUM_PROCESSES")
-    index = _count_from("JAX_PROCESS_ID")
-    if not 0 <= index < count:
-      raise ValueError(
-        f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}."
-      )
-    jax.distributed.initialize(
-      environment["JAX_COORDINATOR_ADDRESS"], count, index
-    )
-  elif (
-    "," in environment.get("TPU_WORKER_HOSTNAMES", "")
-    or int(environment.get("SLURM_NTASKS", "1")) > 1
-  ):
-    jax.distributed.initialize()
-  try:
-    jax.devices()
-  except RuntimeError as error:
-    raise ValueError(
-      f"JAX finds no device ({' '.join(str(error).split())}); unset "
-      "JAX_PLATFORMS or set it to what this machine has, such as cpu."
-    ) from error
-
-
-def _count_from(name: str) -> int:
-  """A whole number from the environment."""
-  text = os.environ.get(name, "")
-  if not text.isdecimal():
-    raise ValueError(
-      f"{name}={text!r} must be a whole number: with JAX_COORDINATOR_ADDRESS "
-      "set, each process needs JAX_NUM_PROCESSES and its own JAX_PROCESS_ID."
-    )
-  return int(text)
-
-
 def _cache(setting: str) -> None:
   """Switches JAX's persistent compilation cache on."""
   if not setting:
@@ -648,7 +606,7 @@ def main(config, workdir: str, mode: str) -> int:
   """
   resolved = config.to_dict()
   try:
-    initialise()
+    processes.initialise()
     settings = settings_lib.build(config, jax.device_count())
     settings_lib.check_workdir(workdir, resolved, mode)
     home = mirror.Home(workdir)
@@ -744,7 +702,36 @@ def _open_workdir(run: Run) -> None:
       run.writer.say(
         f"Local copies in {run.workdir}; {brought} files came from the bucket."
       )
-  run.mirror()
+  if run.home.in_bucket:
+    run.mirror()
+  else:
+    _check_shared(run)
+
+
+def _check_shared(run: Run) -> None:
+  """Refuses a folder that some of the processes do not see.
+
+  Raises:
+    ValueError: in every process.
+  """
+  if jax.process_count() == 1:
+    return
+  # The first process has written by the time that all are here.
+  sharding.gather_rows(np.zeros(1))
+  path = run.workdir / settings_lib.CONFIG
+  end = time.monotonic() + SHARED_FOLDER_S
+  while not (seen := path.exists()) and time.monotonic() < end:
+    time.sleep(0.2)  # network disks show what others wrote after a while
+  blind = np.flatnonzero(~sharding.gather_rows(np.array([seen])))
+  if blind.size:
+    if run.main_process and len(list(run.workdir.iterdir())) == 1:
+      path.unlink()
+      run.workdir.rmdir()
+    raise ValueError(
+      f"--workdir={run.workdir} is not seen by process "
+      f"{', '.join(map(str, blind))}: hosts without a shared disk need a "
+      "folder in a bucket, --workdir=gs://BUCKET/FOLDER."
+    )
 
 
 def _batches(run: Run):

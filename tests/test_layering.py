@@ -17,6 +17,7 @@ LEVELS = {
   "rspo_jax.scores": 0,
   "rspo_jax.metrics": 0,
   "rspo_jax.mirror": 0,
+  "rspo_jax.processes": 0,
   "rspo_jax.tokenizer": 0,
   "rspo_jax.checkpoint": 0,
   "rspo_jax.interrupt": 0,

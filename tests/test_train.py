@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -582,54 +581,12 @@ def eight_devices(tiny, tmp_path_factory):
   return folder
 
 
-def assert_agrees(folder, whole, steps=3):
-  """The first steps agree within 1e-5, their samples exactly."""
-  pairs = zip(
-    tiny_runs.repeatable(folder)[: steps + 1],
-    tiny_runs.repeatable(whole)[: steps + 1],
-    strict=True,
-  )
-  for one, other in pairs:
-    assert one.keys() == other.keys()
-    for key, value in one.items():
-      # Gap losses and what is made of d are differences of scores of order
-      # 1: their error is absolute.
-      assert value == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
-  names = [p.name for p in (whole / "samples").iterdir()]
-  for name in names:
-    if int(name.split(".")[0].split("-")[1]) <= steps:
-      one, other = folder / "samples" / name, whole / "samples" / name
-      if name.startswith("calibration"):
-        assert_close(one, other)
-      else:
-        assert texts(one) == texts(other), name
-
-
-def texts(path):
-  """Rows of samples without the order in which a text came about.
-
-  Two positions may be equally sure: which is first is then a matter of
-  rounding, and the text the same.
-  """
-  rows = [json.loads(line) for line in path.open()]
-  return [{k: v for k, v in r.items() if k != "commit_step"} for r in rows]
-
-
-def assert_close(one, other):
-  """Rows of numbers agree as metrics do."""
-  pairs = zip(one.open(), other.open(), strict=True)
-  for first, second in pairs:
-    second = json.loads(second)
-    # Targets are A / lambda, estimates differences of scores of order 1.
-    assert json.loads(first) == pytest.approx(second, rel=1e-5, abs=1e-5)
-
-
 def test_eight_devices_give_the_run_of_one(
   eight_devices, whole, whole_kept, whole_supervised
 ):
-  assert_agrees(eight_devices / "run", whole)
-  assert_agrees(eight_devices / "kept", whole_kept)
-  assert_agrees(eight_devices / "supervised", whole_supervised)
+  tiny_runs.assert_agrees(eight_devices / "run", whole)
+  tiny_runs.assert_agrees(eight_devices / "kept", whole_kept)
+  tiny_runs.assert_agrees(eight_devices / "supervised", whole_supervised)
 
 
 def test_a_run_of_eight_devices_goes_on_with_one(eight_devices, tiny, tmp_path):
@@ -642,29 +599,4 @@ def test_a_run_of_eight_devices_goes_on_with_one(eight_devices, tiny, tmp_path):
   # Later ones are not compared: under random weights near-ties are frequent,
   # and the first that falls the other way changes a sample (at step 4 it did).
   assert main.main(tiny(folder)) == 0
-  assert_agrees(folder, eight_devices / "run")
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_run_of_one(tiny, tmp_path, whole):
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
-  folder = tmp_path / "run"
-  argv = tiny(folder, cache="")
-  processes = [
-    subprocess.Popen(
-      [sys.executable, "-m", "rspo_jax.main", *argv[1:]],
-      cwd=ROOT,
-      env=environment(
-        JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-        JAX_NUM_PROCESSES="2",
-        JAX_PROCESS_ID=str(index),
-      ),
-      stdout=subprocess.DEVNULL,
-    )
-    for index in range(2)
-  ]
-  assert [process.wait(timeout=600) for process in processes] == [0, 0]
-  assert_agrees(folder, whole)
-  assert (folder / "model" / "model.safetensors").exists()
+  tiny_runs.assert_agrees(folder, eight_devices / "run")

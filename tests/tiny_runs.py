@@ -176,3 +176,49 @@ def files(folder: pathlib.Path) -> dict[str, bytes]:
     for path in sorted(folder.rglob("*"))
     if path.is_file()
   }
+
+
+def assert_agrees(folder, whole, steps=3):
+  """The first steps agree within 1e-5, their samples exactly."""
+  import pytest
+
+  pairs = zip(
+    repeatable(folder)[: steps + 1],
+    repeatable(whole)[: steps + 1],
+    strict=True,
+  )
+  for one, other in pairs:
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+      # Gap losses and what is made of d are differences of scores of order
+      # 1: their error is absolute.
+      assert value == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
+  names = [p.name for p in (whole / "samples").iterdir()]
+  for name in names:
+    if int(name.split(".")[0].split("-")[1]) <= steps:
+      one, other = folder / "samples" / name, whole / "samples" / name
+      if name.startswith("calibration"):
+        _assert_close(one, other)
+      else:
+        assert _texts(one) == _texts(other), name
+
+
+def _texts(path):
+  """Rows of samples without the order in which a text came about.
+
+  Two positions may be equally sure: which is first is then a matter of
+  rounding, and the text the same.
+  """
+  rows = [json.loads(line) for line in path.open()]
+  return [{k: v for k, v in r.items() if k != "commit_step"} for r in rows]
+
+
+def _assert_close(one, other):
+  """Rows of numbers agree as metrics do."""
+  import pytest
+
+  pairs = zip(one.open(), other.open(), strict=True)
+  for first, second in pairs:
+    second = json.loads(second)
+    # Targets are A / lambda, estimates differences of scores of order 1.
+    assert json.loads(first) == pytest.approx(second, rel=1e-5, abs=1e-5)
