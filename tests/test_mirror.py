@@ -158,7 +158,9 @@ def test_a_run_in_a_bucket_goes_on_on_a_machine_that_never_saw_it(
   assert jax.tree.leaves(model.params)[0].size
   assert main.main([*argv, "--mode=eval"]) == 0
   assert f"{address}/checkpoints at step {STEPS}" in capsys.readouterr().out
-  assert len(bucket.files("bucket/runs/moved/eval")) == 2
+  here = tmp_path / "three" / mirror.LOCAL_COPIES / "bucket/runs/moved/eval"
+  written = tiny_runs.files(here)
+  assert written and bucket.files("bucket/runs/moved/eval") == written
   # And another config is refused.
   other = [*argv, "--config.rollout.temperature=0.7"]
   assert main.main(other) == 2
