@@ -23,6 +23,9 @@ LEVELS = {
   "rspo_jax.interrupt": 0,
   "rspo_jax.traces": 0,
   "rspo_jax.environment": 1,
+  "rspo_jax.chips": 0,
+  "rspo_jax.flops": 0,
+  "rspo_jax.hlo": 0,
   "rspo_jax.models": 0,
   "rspo_jax.models.families": 0,
   "rspo_jax.tasks.base": 0,
@@ -63,9 +66,13 @@ LEVELS = {
   "rspo_jax.report": 4,
   "rspo_jax.main": 5,
   "rspo_jax.sweep": 6,
+  "rspo_jax.plan": 6,
 }
 
 PURE = (
+  "rspo_jax.chips",
+  "rspo_jax.flops",
+  "rspo_jax.hlo",
   "rspo_jax.objectives",
   "rspo_jax.likelihood",
   "rspo_jax.sampler",

@@ -223,7 +223,7 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
   dtype = _storage_dtype(dtype)
   folder = resolve_folder(path)
   described = load_config(folder)
-  config, tokenizer = described.config, described.tokenizer
+  config = described.config
   wanted = leaves(config)
   stored = check_tensors(wanted, read_headers(folder), str(folder))
   if dtype == DTYPE_BY_CODE["BF16"]:
