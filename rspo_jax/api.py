@@ -41,7 +41,7 @@ def logits(model: Model, tokens, attention_mask=None) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(config, params, tokens, mask):
   """Compiled part of `logits`."""
-  with _precision(config):
+  with precision(config):
     denoise_fn = transformer.make_denoise_fn(config)
     rows, _ = denoise_fn(params, tokens, mask, None, 0, tokens.shape[1])
   return rows
@@ -188,7 +188,7 @@ def generate(
 def _generate(config, settings, ids, params, canvas, token_mask, seed, noise):
   """Compiled part of `generate`."""
   mask_id, eos_id, eot_id = ids
-  with _precision(config):
+  with precision(config):
     return sampler.denoise(
       transformer.make_denoise_fn(config),
       params,
@@ -295,7 +295,7 @@ def verify(task: str, example, completion: str, protocol: str = "strict"):
   return TASKS[task].verify(example, completion, protocol=protocol)
 
 
-def _precision(config):
+def precision(config):
   """True float32 products where the model computes in float32.
 
   Accelerators otherwise round float32 inputs of a product to 10 or 7 bits,

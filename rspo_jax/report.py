@@ -24,7 +24,6 @@ two), where a run does not log `compute/forwards` itself.
 import argparse
 import collections
 import dataclasses
-import difflib
 import functools
 import json
 import math
@@ -38,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from rspo_jax import metrics
+from rspo_jax import options as options_lib
 from rspo_jax import settings as settings_lib
 
 DONE, MISTAKE, FAULT = 0, 2, 3
@@ -912,30 +912,17 @@ exit status: 0 done, 2 mistake in the command, 3 the page could not be
 written."""
 
 
-class _Parser(argparse.ArgumentParser):
-  """Raises where argparse would end the process."""
-
-  def error(self, message):
-    raise ValueError(message)
-
-
 def parse(argv: Sequence[str]) -> argparse.Namespace:
   """Options of a command line, without the program's name.
 
   Raises:
     ValueError: one message with value and remedy.
   """
-  parser = _Parser(add_help=False, allow_abbrev=False)
+  parser = options_lib.Parser()
   parser.add_argument("folders", nargs="*")
   parser.add_argument("--out", default="report.html")
   parser.add_argument("--title", default="")
-  options, extra = parser.parse_known_args(list(argv))
-  if extra:
-    near = difflib.get_close_matches(
-      extra[0].split("=")[0], ["--out", "--title"], 1
-    )
-    hint = f" did you mean {near[0]}?" if near else " see --help."
-    raise ValueError(f"{extra[0]!r} is not an option:{hint}")
+  options, _ = parser.read(argv)
   if not options.folders:
     raise ValueError(
       "no folder is given; try: python launch/report.py runs --out=report.html"
@@ -958,8 +945,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   argv = list(sys.argv[1:] if argv is None else argv)
-  if any(word in ("--help", "-h", "-help") for word in argv):
-    print(HELP)
+  if options_lib.wants_help(argv, HELP):
     return DONE
   try:
     options = parse(argv)

@@ -35,6 +35,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rspo_jax import main as command_line
+from rspo_jax import options as options_lib
 from rspo_jax import settings as settings_lib
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
@@ -722,20 +723,13 @@ at the end; the same command tries them again), 75 interrupted: run the same
 command to go on."""
 
 
-class _Parser(argparse.ArgumentParser):
-  """Raises where argparse would end the process."""
-
-  def error(self, message):
-    raise ValueError(message)
-
-
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   """(options, overrides) of a command line, without the program's name.
 
   Raises:
     ValueError: one message with value and remedy.
   """
-  parser = _Parser(add_help=False, allow_abbrev=False)
+  parser = options_lib.Parser()
   parser.add_argument("--config", default="")
   parser.add_argument("--out", default="")
   parser.add_argument("--filter", default="")
@@ -743,13 +737,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
   parser.add_argument("--dry_run", action="store_true")
   parser.add_argument("--launcher", default="local")
   parser.add_argument("--launcher_args", default="")
-  options, extra = parser.parse_known_args(list(argv))
-  known = [f"--{name}" for name in vars(options)]
-  for word in extra:
-    if not re.match(r"--(no)?config\.", word):
-      near = difflib.get_close_matches(word.split("=")[0], known, 1)
-      hint = f" did you mean {near[0]}?" if near else " see --help."
-      raise ValueError(f"{word!r} is not an option:{hint}")
+  options, extra = parser.read(argv, others=r"--(no)?config\.")
   for name in ("config", "out"):
     if not getattr(options, name):
       example = {"config": "configs/countdown.py", "out": "runs/sweep"}[name]
@@ -786,8 +774,7 @@ def _check_out(out: pathlib.Path) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   argv = list(sys.argv[1:] if argv is None else argv)
-  if any(word in ("--help", "-h", "-help") for word in argv):
-    print(HELP)
+  if options_lib.wants_help(argv, HELP):
     return DONE
   try:
     options, extra = parse(argv)

@@ -928,6 +928,8 @@ def finish(run: Run) -> None:
   )
   writer.say("Next:")
   writer.say(f"  python -m rspo_jax.report {folder} --out=report.html")
+  if settings.run.export:
+    writer.say(f"  python -m rspo_jax.demo --model={folder / 'model'}")
   writer.say("  the same command with --mode=eval --config.eval.split=test")
 
 

@@ -86,3 +86,18 @@ def bucket():
     gcsfs.GCSFileSystem.clear_instance_cache()
     yield served
     backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+  """Headless Chromium; the test is skipped without it."""
+  import shutil
+
+  from browser import Browser
+
+  program = shutil.which("chromium") or shutil.which("google-chrome")
+  if program is None:
+    pytest.skip("no chromium on the PATH (Debian: apt-get install chromium)")
+  found = Browser(program, tmp_path_factory.mktemp("profile"))
+  yield found
+  found.close()
