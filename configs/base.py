@@ -75,17 +75,38 @@ def get_config() -> ml_collections.ConfigDict:
   config.likelihood = likelihood = ml_collections.ConfigDict()
   likelihood.scheme = "complementary"  # key of rspo_jax.likelihood.ESTIMATORS
   likelihood.masks = 2  # K: masks (forward passes) of a completion
-  likelihood.scope = "completion"  # completion (through the first EOS) | canvas
+  # completion (through the first EOS, later positions hidden from attention) |
+  # canvas (all L) | masked_tail (as completion, later positions seen as masks)
+  likelihood.scope = "completion"
+  likelihood.block_length = 0  # of block_random; 0: the sampler's
+  likelihood.prompt_mask = 0.15  # probability that mean_field hides a prompt
+  #                        token, block_random one of prompt and earlier blocks
+  likelihood.shrink = 1  # sampling steps that share a canvas of trace
 
   config.objective = objective = ml_collections.ConfigDict()
   objective.name = "rspo"  # key of rspo_jax.objectives.OBJECTIVES
   objective.lambda_ = 0.01  # temperature of the KL-regularised problem, >= 0
   objective.lambda_unit = "sequence"  # token | sequence: nats per ...
+  objective.lambda_share = 0.0  # share of the advantage's std that lambda
+  #                    follows from lambda_ on (gap/lambda_share); 0: it stays
   objective.centring = "group"  # group | batch | none
   objective.subtract_reference = True  # False: the gap forgets the reference
   objective.gap_masks = "shared"  # shared | leave_one_out
   objective.normalize_advantages = True  # divide by the group's std (ddof 1)
   objective.skip_equal_groups = False  # drop groups whose rewards are equal
+  objective.reference_every = 0  # steps after which the policy becomes the
+  #                                reference; 0: never
+  # Of the other objectives (rspo_jax/baselines.py):
+  objective.clip = 0.2  # half-width of the ratio's trust region, >= 0
+  objective.kl_weight = 0.0  # pull to the reference (tracerl: old policy), >= 0
+  objective.kl_reduction = "mean"  # mean | sum, of tracerl's pull in a step
+  objective.ratio_norm = "none"  # none | length: gdpo's log-ratio
+  objective.beta = 1.0  # inverse temperature of vrpo and trafl, > 0
+  objective.pairs = "all"  # all | extremes: vrpo's right-wrong pairs
+  objective.sft_weight = 0.0  # vrpo's weight of the winner's score, >= 0
+  objective.negative_score = "mix"  # mix | eubo | elbo | none: spg, A < 0
+  objective.bound_mix = 0.5  # spg's share of the upper bound, 0 to 1
+  objective.bound_power = 1.5  # exponent of spg's upper bound, > 0
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
   optimizer.learning_rate = 1e-4  # peak
@@ -102,6 +123,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.train = train = ml_collections.ConfigDict()
   train.micro_batch = 32  # sequences of one forward-backward, over all devices
   train.passes = "auto"  # auto | one | two
+  train.updates_per_rollout = 1  # mu: updates on one rollout, masks redrawn
 
   config.mesh = mesh = ml_collections.ConfigDict()
   mesh.data = 1  # replicas; -1: what the other axes leave

@@ -18,7 +18,8 @@ and nothing is divided by lambda.
 
 An objective is a pure function (Terms, ObjectiveSettings) -> (loss [N],
 metrics) and an entry of `OBJECTIVES`; `train_step` sums over micro-batches.
-The first two functions run on the host, in numpy, on rewards.
+Those of other papers are in baselines.py. The first functions run on the host,
+in numpy, on rewards.
 """
 
 import dataclasses
@@ -29,9 +30,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from rspo_jax import baselines
+from rspo_jax.baselines import mean as _mean
+
 LAMBDA_UNITS = ("token", "sequence")
 CENTRINGS = ("group", "batch", "none")
 GAP_MASKS = ("shared", "leave_one_out")
+CHOICES = {
+  "lambda_unit": LAMBDA_UNITS,
+  "centring": CENTRINGS,
+  "gap_masks": GAP_MASKS,
+  "kl_reduction": baselines.KL_REDUCTIONS,
+  "ratio_norm": baselines.RATIO_NORMS,
+  "pairs": baselines.PAIRS,
+  "negative_score": baselines.NEGATIVE_SCORES,
+}
 
 
 def group_advantages(rewards: np.ndarray, normalize: bool = True) -> np.ndarray:
@@ -89,6 +102,38 @@ def rewarded_advantages(correct: np.ndarray) -> np.ndarray:
   return (correct * (kept / max(right, 1))).astype(np.float32)
 
 
+def others_advantages(rewards: np.ndarray, normalize: bool) -> np.ndarray:
+  """r - mean of the group's other rewards, f32 [b, G] (leave-one-out).
+
+  G / (G - 1) times the difference to the group's own mean.
+  """
+  size = np.asarray(rewards).shape[1]
+  return group_advantages(rewards, normalize) * np.float32(size / (size - 1))
+
+
+def population_advantages(rewards: np.ndarray) -> np.ndarray:
+  """Z-scores with the population's standard deviation, f32 [b, G]."""
+  advantages = group_advantages(rewards, normalize=False)
+  std = np.asarray(rewards, np.float64).std(1, keepdims=True)
+  return (advantages / np.where(std > 0, std, 1.0)).astype(np.float32)
+
+
+def softmax_advantages(rewards: np.ndarray, normalize: bool) -> np.ndarray:
+  """G (w+ - w-), w+ and w- the group's softmax of A and of -A, f32 [b, G].
+
+  Exactly 0 where all rewards of a group are equal.
+  """
+  advantages = group_advantages(rewards, normalize).astype(np.float64)
+
+  def softmax(x):
+    weights = np.exp(x - x.max(1, keepdims=True))
+    return weights / weights.sum(1, keepdims=True)
+
+  size = advantages.shape[1]
+  weights = size * (softmax(advantages) - softmax(-advantages))
+  return weights.astype(np.float32)
+
+
 def equal_groups(rewards: np.ndarray) -> np.ndarray:
   """bool [b]: groups all of whose rewards [b, G] are the same."""
   rewards = np.asarray(rewards)
@@ -106,14 +151,38 @@ def targets(advantages: np.ndarray, lambda_: float) -> np.ndarray:
 
 
 @struct.dataclass
+class Sizes:
+  """Means over the kept sequences of the whole batch, f32 [].
+
+  Attributes:
+    length: scored tokens.
+    rows: rows that score a token, over all masks.
+    canvases: canvases that score a token.
+  """
+
+  length: jax.Array
+  rows: jax.Array
+  canvases: jax.Array
+
+
+@struct.dataclass
 class Terms:
   """What an objective sees of N = B * G sequences, groups contiguous.
 
+  Values are scores f32 [N, K], a mask each, nats per token; or, for objectives
+  per token, log-probs of rows f32 [N, U, R].
+
   Attributes:
-    policy, reference: f32 [N, K], scores a mask, nats per token.
+    policy, reference: values under both; zeros where no reference is used.
     advantage, target: f32 [N].
     length: f32 [N], scored tokens L_i.
     keep: f32 [N], 1 for sequences that count, 0 for dropped groups.
+    old: values under the parameters that sampled; None: they are the policy's.
+    lambda_: f32 [N], where lambda follows a target share; None: the settings'.
+    count: f32 [N, K], scored tokens of each canvas.
+    weight: f32 [N, U, C, R], weight of each row in its canvas's score (objectives
+      per token): positive where the row scores a token of the canvas.
+    sizes: means over the batch that sequences are divided by.
   """
 
   policy: jax.Array
@@ -122,6 +191,11 @@ class Terms:
   target: jax.Array
   length: jax.Array
   keep: jax.Array
+  old: jax.Array | None = None
+  lambda_: jax.Array | None = None
+  count: jax.Array | None = None
+  weight: jax.Array | None = None
+  sizes: Sizes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,10 +206,21 @@ class ObjectiveSettings:
     name: key of `OBJECTIVES`.
     lambda_: temperature of the KL-regularised problem, in `lambda_unit`.
     lambda_unit: "token" (meets d) or "sequence" (meets L d).
+    lambda_share: share std(lambda d) / std(A) that lambda follows from step to
+      step, from `lambda_` on; 0: it stays.
     centring: set over which the mean relative score is taken out.
     subtract_reference: False drops the reference from the gap (ablation).
     gap_masks: "shared" uses all masks in gap and direction; "leave_one_out"
       computes the gap that multiplies a draw without that draw.
+    clip: half-width of the ratio's trust region.
+    kl_weight: weight of the pull to the reference (tracerl: the old policy).
+    kl_reduction: of tracerl's pull within a step, "sum" or "mean".
+    ratio_norm: gdpo's log-ratio per sequence ("none") or per token ("length").
+    beta: vrpo's and trafl's inverse temperature.
+    pairs: vrpo's pairs, "all" right-wrong ones or the "extremes".
+    sft_weight: vrpo's weight of the winner's score.
+    negative_score, bound_mix, bound_power: spg's score of completions with
+      negative advantage, w of its mixture, exponent of the upper bound.
     group_size: completions a prompt, G.
     draw_size: canvases of one independent mask draw (from the estimator).
   """
@@ -146,6 +231,17 @@ class ObjectiveSettings:
   centring: str = "group"
   subtract_reference: bool = True
   gap_masks: str = "shared"
+  lambda_share: float = 0.0
+  clip: float = 0.2
+  kl_weight: float = 0.0
+  kl_reduction: str = "mean"
+  ratio_norm: str = "none"
+  beta: float = 1.0
+  pairs: str = "all"
+  sft_weight: float = 0.0
+  negative_score: str = "mix"
+  bound_mix: float = 0.5
+  bound_power: float = 1.5
   group_size: int = 8
   draw_size: int = 1
 
@@ -159,20 +255,11 @@ class ObjectiveSettings:
       raise ValueError(
         f"objective.lambda_={self.lambda_} must be a finite number >= 0."
       )
-    for key, allowed in (
-      ("lambda_unit", LAMBDA_UNITS),
-      ("centring", CENTRINGS),
-      ("gap_masks", GAP_MASKS),
-    ):
+    for key, allowed in CHOICES.items():
       if getattr(self, key) not in allowed:
         raise ValueError(
           f"objective.{key}={getattr(self, key)!r} must be one of {allowed}."
         )
-
-
-def _mean(x, keep):
-  """Mean of x [N] over kept sequences, 0 where none is kept."""
-  return (x * keep).sum() / jnp.maximum(keep.sum(), 1.0)
 
 
 def _std(x, keep):
@@ -225,6 +312,9 @@ def _gap(terms, estimate, settings):
   target, advantage = terms.target, terms.advantage
   if estimate.ndim == 2:
     target, advantage = target[:, None], advantage[:, None]
+  if terms.lambda_ is not None:
+    lambda_ = terms.lambda_.reshape(-1, *(1,) * (estimate.ndim - 1))
+    return jax.lax.stop_gradient(advantage - lambda_ * estimate)
   if settings.lambda_ == 0:
     return jnp.broadcast_to(advantage, estimate.shape)
   return jax.lax.stop_gradient(settings.lambda_ * (target - estimate))
@@ -260,6 +350,9 @@ def _gap_metrics(terms, relative, d, in_unit, gap, settings):
     keep,
   )
   tiny = 1e-12
+  lambda_ = jnp.float32(settings.lambda_)
+  if terms.lambda_ is not None:
+    lambda_ = terms.lambda_.max()
   metrics = {
     "score/policy_mean": _mean(terms.policy.mean(-1), keep),
     "score/relative_mean": _mean(d, keep),
@@ -269,9 +362,10 @@ def _gap_metrics(terms, relative, d, in_unit, gap, settings):
     # 0 where no advantage differs: there is nothing to have a share in.
     "gap/lambda_share": jnp.where(
       advantage_std > tiny,
-      settings.lambda_ * spread / jnp.maximum(advantage_std, tiny),
+      lambda_ * spread / jnp.maximum(advantage_std, tiny),
       0.0,
     ),
+    "gap/lambda": lambda_,
     "calibration/slope": covariance / jnp.maximum(advantage_std**2, tiny),
     "calibration/correlation": covariance
     / jnp.maximum(advantage_std * spread, tiny),
@@ -309,6 +403,29 @@ def sft(terms: Terms, settings: ObjectiveSettings):
   return -policy, {"score/policy_mean": _mean(policy, terms.keep)}
 
 
+LAMBDA_RATE = 0.1  # largest change of log lambda a step
+LAMBDA_RANGE = 1e4  # and from its start, either way
+
+
+def follow_share(lambda_: float, share: float, settings) -> float:
+  """The next lambda: towards that whose share is `settings.lambda_share`.
+
+  By at most a factor exp(0.1) a step: at the start d is 0 and no lambda has a
+  share. Stays within a factor 1e4 of `settings.lambda_`.
+
+  Args:
+    lambda_: the present one.
+    share: `gap/lambda_share` of the last step.
+    settings: start and target share.
+  """
+  step = 1.0
+  if share > 0:
+    step = np.clip(np.log(settings.lambda_share / share), -1.0, 1.0)
+  following = lambda_ * float(np.exp(LAMBDA_RATE * step))
+  start = settings.lambda_
+  return float(np.clip(following, start / LAMBDA_RANGE, start * LAMBDA_RANGE))
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """An entry of `OBJECTIVES`.
@@ -317,24 +434,94 @@ class Objective:
     loss: (Terms, ObjectiveSettings) -> (loss [N], metrics).
     advantages: (rewards [b, G], correct bool [b, G], normalize) -> f32 [b, G],
       on the host.
-    uses_reference: whether the reference's scores are needed.
+    reference: "always", "kl" (where kl_weight > 0) or "never" scored.
+    per_token: sees log-probs of rows instead of scores of masks.
+    ratio: weighs by a ratio to the parameters of the rollout.
+    reuse: several updates on one rollout make sense.
+    span: the sequences that one sequence's loss depends on: "none", "group",
+      or "centring", which is the settings'.
+    estimators: the mask schemes it is defined for; None: all.
+    needs_difference: groups without a difference say nothing, so that they
+      must be dropped.
   """
 
   loss: Callable
   advantages: Callable
-  uses_reference: bool = True
+  reference: str = "always"
+  per_token: bool = False
+  ratio: bool = False
+  reuse: bool = True
+  span: str = "none"
+  estimators: tuple[str, ...] | None = None
+  needs_difference: bool = False
+
+  def uses_reference(self, settings: ObjectiveSettings) -> bool:
+    """Whether the reference's values are needed."""
+    if self.reference == "kl":
+      return settings.kl_weight > 0
+    return self.reference == "always"
+
+
+def _from_group(rewards, correct, normalize):
+  return group_advantages(rewards, normalize)
 
 
 OBJECTIVES = {
-  "rspo": Objective(
-    rspo, lambda rewards, correct, norm: group_advantages(rewards, norm)
-  ),
+  "rspo": Objective(rspo, _from_group, span="centring"),
   "rft": Objective(
     rft, lambda rewards, correct, norm: rewarded_advantages(correct)
   ),
   "sft": Objective(
     sft,
     lambda rewards, correct, norm: np.ones_like(rewards, np.float32),
-    uses_reference=False,
+    reference="never",
+    reuse=False,
   ),
+  "diffu_grpo": Objective(
+    baselines.diffu_grpo,
+    _from_group,
+    reference="kl",
+    per_token=True,
+    ratio=True,
+    estimators=("mean_field",),
+  ),
+  "wd1": Objective(
+    baselines.wd1,
+    lambda rewards, correct, norm: softmax_advantages(rewards, norm),
+    reference="never",
+  ),
+  "espo": Objective(
+    baselines.espo,
+    lambda rewards, correct, norm: others_advantages(rewards, norm),
+    reference="kl",
+    ratio=True,
+  ),
+  "vrpo": Objective(
+    baselines.vrpo, _from_group, span="group", needs_difference=True
+  ),
+  "spg": Objective(
+    baselines.spg,
+    _from_group,
+    reference="never",
+    per_token=True,
+    estimators=("block_random", "uniform", "stratified", "mean_field"),
+  ),
+  "tracerl": Objective(
+    baselines.tracerl,
+    lambda rewards, correct, norm: population_advantages(rewards),
+    reference="never",
+    per_token=True,
+    ratio=True,
+    estimators=("trace",),
+  ),
+  "gdpo": Objective(baselines.gdpo, _from_group, reference="kl", ratio=True),
+  "justgrpo": Objective(
+    baselines.justgrpo,
+    _from_group,
+    reference="never",
+    per_token=True,
+    ratio=True,
+    estimators=("trace",),
+  ),
+  "trafl": Objective(baselines.trafl, _from_group, span="group"),
 }

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from rspo_jax import (
   data,
+  objectives,
   rollout,
   sharding,
   tasks,
@@ -46,6 +47,7 @@ class Program:
   sampled_fn: Any
   estimate_fn: Any
   update_fn: Any
+  refresh_fn: Any
   present_fn: Any
   sampling: Any  # (SamplerSettings, group size) -> a jitted rollout
 
@@ -205,8 +207,8 @@ def assemble(
   learning_rate = train_step.schedule(settings.optimizer)
 
   def fresh_state(key):
-    params = transformer.init(config, key, boxed=True)
-    return train_step.init_state(_stored(settings, params), optimizer)
+    params = _stored(settings, transformer.init(config, key, boxed=True))
+    return train_step.init_state(params, optimizer, settings.reference_every)
 
   boxed = jax.eval_shape(fresh_state, jax.random.key(0))
   state_shardings = sharding.shardings(mesh, boxed)
@@ -214,7 +216,7 @@ def assemble(
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   logprob_fn = transformer.make_logprob_fn(config)
   denoise_fn = transformer.make_denoise_fn(config)
-  completions = rollout.Completions(rows, rows, rows, rows, whole)
+  completions = rollout.Completions(rows, rows, rows, rows, whole, whole)
 
   def sampling(settings_of_sampler, group_size):
     return jax.jit(
@@ -229,6 +231,7 @@ def assemble(
     )
 
   step = (settings.step, settings.likelihood)
+  objective = objectives.OBJECTIVES[settings.objective.name]
   return Program(
     settings=settings,
     mesh=mesh,
@@ -241,7 +244,9 @@ def assemble(
     greedy_fn=sampling(settings.greedy, 1),
     sampled_fn=sampling(settings.sampled, 1),
     estimate_fn=jax.jit(
-      train_step.make_estimate(logprob_fn, config.mask_id, *step),
+      train_step.make_estimate(
+        logprob_fn, config.mask_id, *step, objective.per_token
+      ),
       out_shardings=rows,
     ),
     update_fn=jax.jit(
@@ -256,8 +261,17 @@ def assemble(
       donate_argnums=0,
       out_shardings=(state_shardings, whole),
     ),
+    refresh_fn=jax.jit(
+      train_step.refresh_reference,
+      donate_argnums=0,
+      out_shardings=state_shardings,
+    ),
     present_fn=jax.jit(
-      functools.partial(rollout.present, scope=settings.likelihood.scope),
+      functools.partial(
+        rollout.present,
+        scope=settings.likelihood.scope,
+        with_trace=settings.likelihood.needs_trace,
+      ),
       out_shardings=rows,
     ),
     sampling=sampling,
@@ -269,7 +283,9 @@ def fresh_state(program: Program):
   shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state_template)
   start = jax.jit(
     lambda params: train_step.init_state(
-      jax.tree.map(jnp.copy, params), program.optimizer
+      jax.tree.map(jnp.copy, params),
+      program.optimizer,
+      program.settings.reference_every,
     ),
     out_shardings=shardings,
   )

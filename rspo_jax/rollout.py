@@ -31,6 +31,7 @@ class Completions:
     completion_mask: bool [N, L], True through the first EOS.
     commit_step: i32 [N, L], the forward that committed a position.
     denoiser_calls: i32 [].
+    forwards: f32 [], the same in forwards of a whole canvas.
   """
 
   tokens: jax.Array
@@ -38,6 +39,7 @@ class Completions:
   completion_mask: jax.Array
   commit_step: jax.Array
   denoiser_calls: jax.Array
+  forwards: jax.Array | float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +107,7 @@ def make_rollout(
       completion_mask=sampler.completion_mask(completion, eos_id),
       commit_step=out.commit_step,
       denoiser_calls=out.denoiser_calls,
+      forwards=out.forwards,
     )
 
   return rollout
@@ -174,6 +177,8 @@ def assemble(
   scope: str,
   shards: int,
   first_row: int = 0,
+  commit_step: np.ndarray | None = None,
+  lambda_: float | None = None,
 ) -> RolloutBatch:
   """Host arrays of a step: advantages, targets, what is scored and seen.
 
@@ -184,9 +189,11 @@ def assemble(
     objective: its advantage function, lambda and group size.
     normalize: divide advantages by the group's standard deviation.
     skip_equal_groups: drop groups whose advantages are all zero.
-    scope: "completion" or "canvas" (likelihood.LikelihoodSettings).
+    scope: as in likelihood.LikelihoodSettings.
     shards: this host's shards of the batch.
     first_row: place of this host's first completion in the whole rollout.
+    commit_step: i32 [n, L], for mask schemes that follow the sampler.
+    lambda_: of this step, where it follows a target share.
 
   Returns:
     `RolloutBatch` of numpy arrays, kept groups first in every shard; in the
@@ -198,7 +205,9 @@ def assemble(
   advantages = objectives.OBJECTIVES[objective.name].advantages(
     rewards, correct, normalize
   )
-  targets = objectives.targets(advantages, objective.lambda_)
+  targets = objectives.targets(
+    advantages, objective.lambda_ if lambda_ is None else lambda_
+  )
   keep = np.ones(len(rewards), bool)
   order = np.arange(len(rewards))
   if skip_equal_groups:
@@ -206,11 +215,10 @@ def assemble(
     order = order_by_keep(keep, shards)
   rows = (order[:, None] * group + np.arange(group)).reshape(-1)
   length = completion_mask.shape[1]
+  scored, seen = completion_mask, token_mask
   if scope == "canvas":
     scored = np.ones_like(completion_mask)
-    seen = token_mask
-  else:
-    scored = completion_mask
+  elif scope == "completion":
     seen = np.concatenate(
       [token_mask[:, :-length], token_mask[:, -length:] & scored], axis=1
     )
@@ -222,10 +230,16 @@ def assemble(
     target=targets.reshape(-1)[rows],
     keep=np.repeat(keep, group).astype(np.float32)[rows],
     row=(first_row + rows).astype(np.int32),
+    commit_step=None if commit_step is None else commit_step[rows],
+    lambda_=None
+    if lambda_ is None
+    else np.full(len(rows), lambda_, np.float32),
   )
 
 
-def present(out: Completions, scope: str) -> RolloutBatch:
+def present(
+  out: Completions, scope: str, with_trace: bool = False
+) -> RolloutBatch:
   """Completions as a batch without rewards: what is scored and seen.
 
   The same masks as `assemble` gives, on the device and in the rollout's
@@ -235,7 +249,7 @@ def present(out: Completions, scope: str) -> RolloutBatch:
   scored, seen = out.completion_mask, out.token_mask
   if scope == "canvas":
     scored = jnp.ones_like(scored)
-  else:
+  elif scope == "completion":
     seen = seen.at[:, -length:].set(seen[:, -length:] & scored)
   return RolloutBatch(
     tokens=out.tokens,
@@ -245,4 +259,5 @@ def present(out: Completions, scope: str) -> RolloutBatch:
     target=jnp.zeros(n),
     keep=jnp.ones(n),
     row=jnp.arange(n, dtype=jnp.int32),
+    commit_step=out.commit_step if with_trace else None,
   )

@@ -125,11 +125,14 @@ class Denoised:
       -1 where the canvas was given, stayed masked, or lies after the EOS of a
       row that ended.
     denoiser_calls: i32 [], forwards of the model; a guided pair counts once.
+    forwards: f32 [], the same in forwards of a whole canvas: a cached call
+      counts its share of the positions, a guided one twice.
   """
 
   tokens: jax.Array
   commit_step: jax.Array
   denoiser_calls: jax.Array
+  forwards: jax.Array | float = 0.0
 
 
 @struct.dataclass
@@ -156,6 +159,7 @@ class _State:
   commit_step: jax.Array  # i32 [n, S]
   remaining: jax.Array  # i32 [n], quota that the block has not spent
   calls: jax.Array  # i32 []
+  forwards: jax.Array  # f32 []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -633,7 +637,17 @@ class _Denoiser:
       commit_step=update(state.commit_step, when, start, 1),
       remaining=remaining,
       calls=state.calls + 1,
+      forwards=state.forwards,
     )
+
+  def share(self, cache, start):
+    """Share of a whole canvas's forward that one step computes."""
+    guided = 2.0 if self.settings.cfg_scale else 1.0
+    if cache is None or isinstance(cache, str):
+      return guided
+    if self.settings.cache == "prefix":
+      return guided * (self.length - start) / self.length
+    return guided * self.settings.block_length / self.length
 
   def step(self, state, block, step, cache):
     """One forward and its commit; returns the state and the cache."""
@@ -641,6 +655,8 @@ class _Denoiser:
     start = self.prompt_length + block * settings.block_length
     end = start + settings.block_length
     draw_step = block * self.limit + step
+    done = state.forwards + self.share(cache, start)
+    state = state.replace(forwards=done)
 
     def over(state, first, length):
       logits, filled = self.logits(state.tokens, cache, first, length)
@@ -720,6 +736,7 @@ class _Denoiser:
       commit_step=jnp.full(canvas.shape, -1, jnp.int32),
       remaining=jnp.zeros(self.rows, jnp.int32),
       calls=jnp.zeros((), jnp.int32),
+      forwards=jnp.zeros(()),
     )
 
     def block_body(block, state):
@@ -751,7 +768,7 @@ class _Denoiser:
       steps = jnp.where(after, -1, steps)
       completion = jnp.where(after, self.ids.eos, completion)
       tokens = tokens.at[:, self.prompt_length :].set(completion)
-    return Denoised(tokens, steps, state.calls)
+    return Denoised(tokens, steps, state.calls, state.forwards)
 
 
 def denoise(
@@ -791,7 +808,7 @@ def denoise(
     rows: i32 [n], numbers of these rows in the whole batch, by default
       0 .. n - 1. A slice of a batch, given its rows' numbers, draws the same.
     first_block, first_step: where the schedule starts, for a canvas that is
-      already filled up to there.
+      already filled up to there; may be traced (but with a prefix cache).
 
   Returns:
     `Denoised`.
@@ -980,8 +997,13 @@ def check_call(
     f"sampler.completion_length={s.completion_length}; pass [n, prompt + "
     f"{s.completion_length}].",
   )
+  # Inside a compiled function they may be traced: the caller's business.
+  known = all(
+    isinstance(x, int | np.integer) for x in (first_block, first_step)
+  )
   _require(
-    0 <= first_block < s.blocks and 0 <= first_step < s.block_steps,
+    not known
+    or (0 <= first_block < s.blocks and 0 <= first_step < s.block_steps),
     f"first_block={first_block}, first_step={first_step} must lie inside the "
     f"schedule of {s.blocks} blocks with {s.block_steps} steps each.",
   )

@@ -92,6 +92,7 @@ class Settings:
   objective: Any  # objectives.ObjectiveSettings
   normalize_advantages: bool
   skip_equal_groups: bool
+  reference_every: int
   optimizer: Any  # train_step.OptimizerSettings
   step: Any  # train_step.StepSettings
   mesh: dict[str, int]
@@ -117,7 +118,9 @@ _POSITIVE = (
   "model.head_chunks",
   "reward.workers",
   "reward.memory_mb",
+  "likelihood.shrink",
   "train.micro_batch",
+  "train.updates_per_rollout",
   "eval.batch",
   "eval.samples",
   "run.steps",
@@ -127,6 +130,12 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
   "rollout.temperature",
   "objective.lambda_",
+  "objective.lambda_share",
+  "objective.clip",
+  "objective.kl_weight",
+  "objective.sft_weight",
+  "objective.reference_every",
+  "likelihood.block_length",
   "optimizer.learning_rate",
   "optimizer.warmup_steps",
   "optimizer.weight_decay",
@@ -143,6 +152,8 @@ _NOT_NEGATIVE = (
 # (low, high, whether high is allowed).
 _RANGES = {
   "data.corrupt_share": (0.0, 1.0, True),
+  "objective.bound_mix": (0.0, 1.0, True),
+  "likelihood.prompt_mask": (0.0, 1.0, False),
   "optimizer.final_share": (0.0, 1.0, True),
   "optimizer.b1": (0.0, 1.0, False),
   "optimizer.b2": (0.0, 1.0, False),
@@ -188,6 +199,8 @@ def check_values(config) -> None:
         f"{']' if closed else ')'}."
       )
   for key in (
+    "objective.beta",
+    "objective.bound_power",
     "optimizer.eps",
     "optimizer.clip_norm",
     "reward.time_limit_s",
@@ -299,11 +312,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     _one_of("part of task.reward_weights", part, task.weights)
   _one_of("eval.split", config.eval.split, base.SPLITS)
   _one_of("objective.name", config.objective.name, objectives.OBJECTIVES)
-  for key, allowed in (
-    ("lambda_unit", objectives.LAMBDA_UNITS),
-    ("centring", objectives.CENTRINGS),
-    ("gap_masks", objectives.GAP_MASKS),
-  ):
+  for key, allowed in objectives.CHOICES.items():
     _one_of(f"objective.{key}", config.objective[key], allowed)
   _one_of("likelihood.scheme", config.likelihood.scheme, likelihood.ESTIMATORS)
   _one_of("likelihood.scope", config.likelihood.scope, likelihood.SCOPES)
@@ -416,17 +425,22 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     scheme=config.likelihood.scheme,
     masks=config.likelihood.masks,
     scope=config.likelihood.scope,
+    block_length=config.likelihood.block_length or config.sampler.block_length,
+    prompt_mask=float(config.likelihood.prompt_mask),
+    shrink=config.likelihood.shrink,
   )
+  options = {
+    field.name: config.objective[field.name]
+    for field in dataclasses.fields(objectives.ObjectiveSettings)
+    if field.name in config.objective
+  }
+  options |= {"lambda_": float(config.objective.lambda_)}
   objective = objectives.ObjectiveSettings(
-    name=config.objective.name,
-    lambda_=float(config.objective.lambda_),
-    lambda_unit=config.objective.lambda_unit,
-    centring=config.objective.centring,
-    subtract_reference=config.objective.subtract_reference,
-    gap_masks=config.objective.gap_masks,
+    **options,
     group_size=config.rollout.group_size,
     draw_size=mask_settings.draw_size,
   )
+  _check_objective(config, objective, train_sampler)
   if (
     objective.gap_masks == "leave_one_out"
     and mask_settings.masks < 2 * mask_settings.draw_size
@@ -445,7 +459,10 @@ def build(config, devices: int, planning: bool = False) -> Settings:
       + remedy
     )
   step = train_step.StepSettings(
-    micro_batch=micro, passes=config.train.passes, shards=shards
+    micro_batch=micro,
+    passes=config.train.passes,
+    shards=shards,
+    updates_per_rollout=config.train.updates_per_rollout,
   )
   train_step.resolve_passes(step, objective, total)
 
@@ -460,7 +477,9 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     "head_chunks": config.model.head_chunks,
     "new": config.model.new.to_dict(),
   }
-  optimizer = config.optimizer.to_dict() | {"total_steps": config.run.steps}
+  optimizer = config.optimizer.to_dict() | {
+    "total_steps": config.run.steps * config.train.updates_per_rollout
+  }
   return Settings(
     model=model,
     task={
@@ -486,6 +505,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     objective=objective,
     normalize_advantages=config.objective.normalize_advantages,
     skip_equal_groups=config.objective.skip_equal_groups,
+    reference_every=config.objective.reference_every,
     optimizer=train_step.OptimizerSettings(**optimizer),
     step=step,
     mesh=config.mesh.to_dict(),
@@ -606,6 +626,68 @@ def _evaluations(config, length: int, at_length) -> tuple[Evaluation, ...]:
     name = "-".join([spec] * bool(specs) + [f"seed{seed}"] * bool(seeds))
     found.append(Evaluation(name, *pair, seed))
   return tuple(found)
+
+
+def _check_objective(config, objective, sampler) -> None:
+  """Refuses what an objective cannot be trained with.
+
+  Args:
+    config: the whole config.
+    objective: `ObjectiveSettings`.
+    sampler: `SamplerSettings` of the rollouts.
+
+  Raises:
+    ValueError: names key, value and remedy.
+  """
+  from rspo_jax import likelihood, objectives
+
+  entry = objectives.OBJECTIVES[objective.name]
+  scheme, masks = config.likelihood.scheme, config.likelihood.masks
+  if entry.estimators is not None and scheme not in entry.estimators:
+    raise ValueError(
+      f"likelihood.scheme={scheme!r} cannot serve objective.name="
+      f"{objective.name!r}; use {' or '.join(map(repr, entry.estimators))}."
+    )
+  estimator = likelihood.ESTIMATORS[scheme]
+  if estimator.needs_trace and objective.name == "sft":
+    raise ValueError(
+      f"likelihood.scheme={scheme!r} follows the sampler's steps, and "
+      "demonstrations have none; use 'uniform'."
+    )
+  if estimator.needs_trace:
+    # A threshold may commit one position a step, whatever the steps are.
+    longest = sampler.completion_length
+    if not sampler.adaptive:
+      longest = min(longest, sampler.steps)
+    wanted = -(-longest // config.likelihood.shrink)
+    if masks != wanted:
+      raise ValueError(
+        f"likelihood.masks={masks} must be {wanted} with likelihood.scheme="
+        f"{scheme!r}: one canvas for every likelihood.shrink="
+        f"{config.likelihood.shrink} of up to {longest} sampling steps."
+      )
+  if config.train.updates_per_rollout > 1 and not entry.reuse:
+    raise ValueError(
+      f"train.updates_per_rollout={config.train.updates_per_rollout} has no "
+      f"meaning with objective.name={objective.name!r}, which has no rollouts; "
+      "use 1."
+    )
+  if entry.needs_difference and not config.objective.skip_equal_groups:
+    raise ValueError(
+      "objective.skip_equal_groups=False leaves groups without any right-wrong "
+      f"pair, from which objective.name={objective.name!r} learns nothing while "
+      "momentum goes on; use True."
+    )
+  if objective.lambda_share and not objective.lambda_:
+    raise ValueError(
+      f"objective.lambda_share={objective.lambda_share} needs a lambda to start "
+      "from; use objective.lambda_=1, or lambda_share=0."
+    )
+  if config.objective.reference_every and not entry.uses_reference(objective):
+    raise ValueError(
+      f"objective.reference_every={config.objective.reference_every} refreshes "
+      f"a reference that objective.name={objective.name!r} does not use; use 0."
+    )
 
 
 def _reward_settings(reward):

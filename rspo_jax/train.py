@@ -98,6 +98,27 @@ class Stopwatch:
     self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
 
 
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """Values of a batch for one update, from `estimate`.
+
+  Attributes:
+    reference: under the reference; None where it is not used.
+    policy: under the policy, for the update's two passes; else None.
+    old: under the parameters of the rollout, for ratios; else None.
+  """
+
+  reference: Any
+  policy: Any
+  old: Any
+
+
+def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
+  """Metrics of a step's updates as one row: means, and the last rate."""
+  values = {k: sum(u[k] for u in updates) / len(updates) for k in updates[0]}
+  return values | {"lr": updates[-1]["lr"]}
+
+
 class Run:
   """One run in its folder: the loop's state and what it writes.
 
@@ -124,6 +145,8 @@ class Run:
     self.state = None
     self.step = 0
     self.seconds: dict[str, float] = {}
+    self.computed = 0.0  # forwards of one whole sequence, since the start
+    self.lambda_ = self.settings.objective.lambda_
     self.first_eval: dict[str, float] = {}
     self.last_eval: dict[str, float] = {}
     self.by_difficulty: list[dict[str, Any]] = []
@@ -318,6 +341,10 @@ class Run:
         scope=settings.likelihood.scope,
         shards=settings.step.shards // jax.process_count(),
         first_row=jax.process_index() * len(texts),
+        commit_step=sharding.local_rows(out.commit_step)
+        if settings.likelihood.needs_trace
+        else None,
+        lambda_=self.lambda_ if settings.objective.lambda_share else None,
       )
     values = rollout_metrics(
       judged,
@@ -326,6 +353,7 @@ class Run:
       group,
     )
     values["rollout/denoiser_calls"] = int(out.denoiser_calls)
+    values["compute/rollout"] = float(out.forwards)
     values["rollout/tokens_per_s"] = (
       ended.size * jax.process_count() / watch.seconds["time/rollout_s"]
     )
@@ -334,7 +362,9 @@ class Run:
     if early is not None:
       put = functools.partial(sharding.put_global, program.mesh)
       batch = early[0].replace(
-        advantage=put(host.advantage), target=put(host.target)
+        advantage=put(host.advantage),
+        target=put(host.target),
+        lambda_=put(host.lambda_),
       )
       return (batch, early[1]), values
     return sharding.put_global(program.mesh, host), values
@@ -374,7 +404,7 @@ class Run:
     )
     self.writer.histogram(step, "reward", rewards)
 
-  def keep_calibration(self, batch, reference, policy) -> None:
+  def keep_calibration(self, batch, scores) -> None:
     """Targets beside estimates into samples/, their spread to TensorBoard.
 
     In the one-pass form the policy is scored here once more: a forward in
@@ -382,16 +412,12 @@ class Run:
     """
     objective = self.settings.objective
     has_gap = objective.name == "rspo"
-    if not objectives.OBJECTIVES[objective.name].uses_reference:
+    reference, policy = scores.reference, scores.policy
+    entry = objectives.OBJECTIVES[objective.name]
+    if reference is None or entry.per_token:
       return
     if policy is None:
-      policy = self.call(
-        "scores",
-        self.program.estimate_fn,
-        self.state.params,
-        batch,
-        self.mask_key(),
-      )
+      policy = self.score(self.state.params, batch, 0)
     columns = traces.calibration(
       *(
         sharding.gather_rows(sharding.local_rows(x))
@@ -404,7 +430,7 @@ class Run:
           batch.row,
         )
       ),
-      objective,
+      dataclasses.replace(objective, lambda_=self.lambda_),
     )
     step = self.step + 1
     if has_gap and "target" in columns:
@@ -420,38 +446,53 @@ class Run:
       if has_gap or key == "relative":
         self.writer.histogram(step, name, columns[key])
 
-  def mask_key(self):
-    """Key of this step's masks, shared by policy and reference."""
-    return train_step.stream_key(
+  def mask_key(self, update: int = 0):
+    """Key of the masks of one of this step's updates, shared by all scores."""
+    key = train_step.stream_key(
       self.settings.run.seed, self.step, train_step.MASKS
     )
+    return jax.random.fold_in(key, update) if update else key
 
-  def scores(self, batch):
-    """(reference scores, policy scores or None) of a batch, [N, K]."""
-    settings, program = self.settings, self.program
-    total = batch.tokens.shape[0]
-    passes = train_step.resolve_passes(settings.step, settings.objective, total)
-    score = functools.partial(self.call, "scores", program.estimate_fn)
-    uses = objectives.OBJECTIVES[settings.objective.name].uses_reference
-    reference = (
-      score(program.params, batch, self.mask_key())
-      if uses
-      else jnp.zeros((total, settings.likelihood.masks))
+  def score(self, params, batch, update: int):
+    """Values of a batch under parameters, with the masks of an update."""
+    return self.call(
+      "scores", self.program.estimate_fn, params, batch, self.mask_key(update)
     )
-    policy = None
-    if passes == "two":
-      policy = score(self.state.params, batch, self.mask_key())
-    return reference, policy
+
+  @property
+  def reference(self):
+    """Parameters of the reference as it stands."""
+    own = self.state.reference
+    return self.program.params if own is None else own
+
+  def scores(self, batch) -> list["Scores"]:
+    """Values of a batch before its first update, for each of its updates."""
+    settings = self.settings
+    entry = objectives.OBJECTIVES[settings.objective.name]
+    uses = entry.uses_reference(settings.objective)
+    updates = settings.step.updates_per_rollout
+    out = []
+    for update in range(updates):
+      reference = policy = None
+      if uses:
+        reference = self.score(self.reference, batch, update)
+      old = entry.ratio and updates > 1
+      if old or (self.two_passes(batch) and not update):
+        policy = self.score(self.state.params, batch, update)
+      out.append(Scores(reference, policy, policy if old else None))
+    return out
+
+  def two_passes(self, batch) -> bool:
+    """Whether an update needs the policy's values beforehand."""
+    settings, total = self.settings, batch.tokens.shape[0]
+    passes = train_step.resolve_passes(settings.step, settings.objective, total)
+    return passes == "two"
 
   def check_start(self, batch, reference) -> None:
     """Before the first update policy and reference are one: d must be 0."""
-    settings, program = self.settings, self.program
-    uses = objectives.OBJECTIVES[settings.objective.name].uses_reference
-    if self.step or not uses:
+    if self.step or reference is None:
       return
-    policy = self.call(
-      "scores", program.estimate_fn, self.state.params, batch, self.mask_key()
-    )
+    policy = self.score(self.state.params, batch, 0)
     worst = float(jnp.abs(policy - reference).max())
     if worst != 0.0:
       self.writer.warn(
@@ -459,6 +500,23 @@ class Run:
         "per token where they should be exactly 0: policy and reference are "
         "not scored alike."
       )
+
+  def update(self, batch, scores, index: int) -> dict[str, float]:
+    """One of a step's updates; returns its metrics."""
+    if index and self.two_passes(batch):
+      policy = self.score(self.state.params, batch, index)
+      scores = dataclasses.replace(scores, policy=policy)
+    self.state, values = self.call(
+      "update",
+      self.program.update_fn,
+      self.state,
+      batch,
+      self.mask_key(index),
+      scores.reference,
+      scores.policy if self.two_passes(batch) else None,
+      scores.old,
+    )
+    return {k: float(v) for k, v in jax.device_get(values).items()}
 
   def train_one(self, batches) -> dict[str, float]:
     """One step; returns its metrics as floats."""
@@ -470,27 +528,23 @@ class Run:
       batch, values = self.rollout_batch(batches, watch)
     with watch("time/score_s"):
       if isinstance(batch, tuple):
-        batch, (reference, policy) = batch
+        batch, scores = batch
       else:
-        reference, policy = self.scores(batch)
-      self.check_start(batch, reference)
-      jax.block_until_ready((reference, policy))
+        scores = self.scores(batch)
+      self.check_start(batch, scores[0].reference)
+      jax.block_until_ready([(s.reference, s.policy, s.old) for s in scores])
     if self.samples_due():
       with watch("time/samples_s"):
-        self.keep_calibration(batch, reference, policy)
+        self.keep_calibration(batch, scores[0])
     with watch("time/update_s"):
-      self.state, device_values = self.call(
-        "update",
-        self.program.update_fn,
-        self.state,
-        batch,
-        self.mask_key(),
-        reference,
-        policy,
-      )
-      device_values = jax.device_get(device_values)
+      updates = [self.update(batch, one, i) for i, one in enumerate(scores)]
     self.step += 1
-    values = {k: float(v) for k, v in device_values.items()} | values
+    values = mean_of_updates(updates) | values
+    self.count_compute(batch, values)
+    self.follow_lambda(values)
+    every = self.settings.reference_every
+    if every and self.step % every == 0:
+      self.state = self.call("refreshing", self.program.refresh_fn, self.state)
     values |= watch.seconds
     values["time/step_s"] = time.perf_counter() - start
     spent = {k: v for k, v in values.items() if k.startswith("time/")}
@@ -498,6 +552,45 @@ class Run:
     for key, value in spent.items():
       self.seconds[key] = self.seconds.get(key, 0.0) + value
     return values
+
+  def count_compute(self, batch, values) -> None:
+    """Adds what a step has cost, in forwards of one whole sequence.
+
+    A backward pass counts two. `compute/forward_equivalents` is per completion
+    of the rollout; `compute/cumulative` sums over completions and steps.
+    """
+    settings = self.settings
+    entry = objectives.OBJECTIVES[settings.objective.name]
+    updates, masks = (
+      settings.step.updates_per_rollout,
+      settings.likelihood.masks,
+    )
+    scored = updates * entry.uses_reference(settings.objective)
+    old, two = entry.ratio and updates > 1, self.two_passes(batch)
+    if old or two:
+      scored += updates
+    if old and two:
+      scored += updates - 1  # the first update's are the rollout's own
+    kept = values["update/kept_share"]
+    rollout_forwards = values.get("compute/rollout", 0.0)
+    # Scores that were dispatched before the rewards were known cover all.
+    early = not (settings.supervised or settings.skip_equal_groups)
+    values["compute/score"] = scored * masks * (1.0 if early else kept)
+    values["compute/update"] = 3.0 * updates * masks * kept
+    values["compute/forward_equivalents"] = (
+      rollout_forwards + values["compute/score"] + values["compute/update"]
+    )
+    total = batch.tokens.shape[0] * values["compute/forward_equivalents"]
+    self.computed += total
+    values["compute/cumulative"] = self.computed
+
+  def follow_lambda(self, values) -> None:
+    """Lets lambda follow its target share, where there is one."""
+    objective = self.settings.objective
+    if objective.lambda_share and values["update/applied"]:
+      self.lambda_ = objectives.follow_share(
+        self.lambda_, values["gap/lambda_share"], objective
+      )
 
   def mirror(self) -> None:
     """Brings a run's folder in a bucket up to date.
@@ -824,6 +917,8 @@ def _extra(run: Run, pending: dict | None) -> dict[str, Any]:
     "last_eval": run.last_eval,
     "by_difficulty": run.by_difficulty,
     "seconds": run.seconds,
+    "computed": run.computed,
+    "lambda": run.lambda_,
     "pending": pending,
   }
 
@@ -847,6 +942,9 @@ def _restore(run: Run, checkpointer: Checkpointer):
     # Absent in checkpoints of earlier versions.
     run.by_difficulty = restored.extra.get("by_difficulty", [])
     run.seconds = restored.extra["seconds"]
+    # Runs that began before these were kept have neither.
+    run.computed = restored.extra.get("computed", 0.0)
+    run.lambda_ = restored.extra.get("lambda", run.lambda_)
     saved, pending = restored.step, restored.extra["pending"]
     rows = run.step - (pending is not None)
     messages = restored.messages + writer.truncate_to(rows)

@@ -43,11 +43,20 @@ def stream_key(seed: int, step, stream: int) -> jax.Array:
 
 @struct.dataclass
 class TrainState:
-  """What a step changes: i32 [] step, parameters, optimizer state."""
+  """What a step changes.
+
+  Attributes:
+    step: i32 [], updates so far, skipped ones included.
+    params: parameters of the policy.
+    opt_state: the optimizer's.
+    reference: parameters of a reference that is refreshed from time to time;
+      None: it is the model as it was loaded.
+  """
 
   step: jax.Array
   params: object
   opt_state: object
+  reference: object = None
 
 
 @struct.dataclass
@@ -66,6 +75,10 @@ class RolloutBatch:
     row: i32 [N], each sequence's place in the rollout; None: they are in the
       rollout's order. Masks go by it, so that neither the number of shards nor
       dropped groups change those of a sequence.
+    commit_step: i32 [N, L], the forward that committed a position, for schemes
+      that follow the sampler; else None.
+    lambda_: f32 [N], the lambda of this step where it follows a target share;
+      else None and the settings' holds.
   """
 
   tokens: jax.Array
@@ -75,6 +88,8 @@ class RolloutBatch:
   target: jax.Array
   keep: jax.Array
   row: jax.Array | None = None
+  commit_step: jax.Array | None = None
+  lambda_: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +133,14 @@ class StepSettings:
     micro_batch: sequences of one forward-backward, over all shards.
     passes: "one", "two", or "auto" (one where the centring set fits).
     shards: devices over which sequences are split.
+    updates_per_rollout: updates on the completions of one rollout, each with
+      its own masks.
   """
 
   micro_batch: int
   passes: str = "auto"
   shards: int = 1
+  updates_per_rollout: int = 1
 
   def __post_init__(self):
     if self.passes not in PASSES:
@@ -192,13 +210,19 @@ def _updates_applied(state: TrainState):
   )
 
 
-def init_state(params, optimizer) -> TrainState:
-  """Step 0 with the given parameters."""
+def init_state(params, optimizer, own_reference=False) -> TrainState:
+  """Step 0 with the given parameters, and a copy of them as reference."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     opt_state=optimizer.init(params),
+    reference=jax.tree.map(jnp.copy, params) if own_reference else None,
   )
+
+
+def refresh_reference(state: TrainState) -> TrainState:
+  """The policy as it stands becomes the reference."""
+  return state.replace(reference=jax.tree.map(jnp.copy, state.params))
 
 
 class _Cut:
@@ -243,11 +267,12 @@ def draw_masks(
   batch: RolloutBatch,
 ) -> likelihood.Masks:
   """The masks of a batch: drawn in the rollout's order, put in the batch's."""
-  scored = batch.completion_mask
+  scored, when = batch.completion_mask, batch.commit_step
   if batch.row is not None:
-    scored = jnp.zeros_like(scored).at[batch.row].set(scored)
+    ordered = lambda x: jnp.zeros_like(x).at[batch.row].set(x)  # noqa: E731
+    scored, when = jax.tree.map(ordered, (scored, when))
   masks = likelihood.draw_masks(
-    key, settings, scored, batch.tokens.shape[1] - scored.shape[1]
+    key, settings, scored, batch.tokens.shape[1] - scored.shape[1], when
   )
   if batch.row is not None:
     masks = jax.tree.map(lambda x: x[batch.row], masks)
@@ -263,21 +288,46 @@ def resolve_passes(
     ValueError: one pass was asked for and would not be exact.
   """
   per_shard = settings.micro_batch // settings.shards
+  span = objectives.OBJECTIVES[objective.name].span
   fits = {
     "none": True,
     "group": per_shard % objective.group_size == 0,
     "batch": settings.micro_batch == total,
-  }[objective.centring]
+  }[objective.centring if span == "centring" else span]
   if settings.passes == "one" and not fits:
+    what = f"objective.centring={objective.centring!r}"
+    if span != "centring":
+      what = f"objective.name={objective.name!r}, which compares whole groups,"
     raise ValueError(
-      f"train.passes='one' is not exact with objective.centring="
-      f"{objective.centring!r} and train.micro_batch={settings.micro_batch}: "
-      f"use train.passes='two', or a multiple of {objective.group_size} "
-      "sequences a device with objective.centring='group'."
+      f"train.passes='one' is not exact with {what} and train.micro_batch="
+      f"{settings.micro_batch}: use train.passes='two', or a multiple of "
+      f"{objective.group_size} sequences a device with groups alone centred."
     )
   if settings.passes == "auto":
     return "one" if fits else "two"
   return settings.passes
+
+
+def _values_fn(logprob_fn, mask_id, per_token):
+  """values(params, batch, masks): what an objective sees of sequences.
+
+  Scores f32 [n, K], or row log-probs f32 [n, U, R] `per_token`.
+  """
+  fn = likelihood.logprobs if per_token else likelihood.score
+
+  def values(params, batch, masks):
+    return fn(
+      logprob_fn, params, batch.tokens, batch.token_mask, masks, mask_id
+    )
+
+  return values
+
+
+def _no_values(cut, masks: likelihood.Masks, per_token: bool):
+  """Zeros to write values into, micro-batch by micro-batch."""
+  draws, canvases = masks.corrupt.shape[1:3]
+  shape = masks.rows.shape[1:] if per_token else (draws * canvases,)
+  return jnp.zeros((cut.count, cut.size, *shape), jnp.float32)
 
 
 def make_estimate(
@@ -285,8 +335,13 @@ def make_estimate(
   mask_id: int,
   settings: StepSettings,
   mask_settings: likelihood.LikelihoodSettings,
+  per_token: bool = False,
 ) -> Callable:
-  """estimate(params, batch, key) -> f32 [N, K]; 0 for skipped sequences."""
+  """estimate(params, batch, key) -> f32 [N, K]; 0 for skipped sequences.
+
+  Row log-probs f32 [N, U, R] instead for objectives `per_token`.
+  """
+  values = _values_fn(logprob_fn, mask_id, per_token)
 
   def estimate(params, batch: RolloutBatch, key):
     cut = _Cut(batch.completion_mask.shape[0], settings)
@@ -295,15 +350,48 @@ def make_estimate(
 
     def body(index, scores):
       piece, mask = jax.tree.map(lambda x: x[index], pieces)
-      values = likelihood.score(
-        logprob_fn, params, piece.tokens, piece.token_mask, mask, mask_id
-      )
-      return scores.at[index].set(values)
+      return scores.at[index].set(values(params, piece, mask))
 
-    scores = jnp.zeros((cut.count, cut.size, mask_settings.masks), jnp.float32)
+    scores = _no_values(cut, masks, per_token)
     return cut.join(jax.lax.fori_loop(0, cut.active(batch.keep), body, scores))
 
   return estimate
+
+
+def _terms(batch, masks, policy, reference, old, sizes, per_token):
+  """What the objective sees; `sizes` are those of the whole batch."""
+  return objectives.Terms(
+    policy=policy,
+    reference=reference,
+    old=old,
+    advantage=batch.advantage,
+    target=batch.target,
+    lambda_=batch.lambda_,
+    length=batch.completion_mask.sum(-1).astype(jnp.float32),
+    keep=batch.keep,
+    count=_counts(masks),
+    weight=masks.weight if per_token else None,
+    sizes=sizes,
+  )
+
+
+def _counts(masks):
+  """Scored tokens of each canvas, f32 [n, K]."""
+  counts = (masks.weight > 0).sum(-1).astype(jnp.float32)
+  return counts.reshape(len(counts), -1)
+
+
+def _sizes(batch, masks) -> objectives.Sizes:
+  """Means over the kept sequences of the whole batch."""
+  kept = jnp.maximum(batch.keep.sum(), 1.0)
+  counts = _counts(masks)
+  rows = (masks.weight > 0).any(2).sum((1, 2))
+  mean = lambda x: (x * batch.keep).sum() / kept  # noqa: E731
+  return objectives.Sizes(
+    length=mean(batch.completion_mask.sum(-1)),
+    rows=mean(rows),
+    canvases=mean((counts > 0).sum(-1)),
+  )
 
 
 def make_update(
@@ -315,29 +403,28 @@ def make_update(
   mask_settings: likelihood.LikelihoodSettings,
   objective: objectives.ObjectiveSettings,
 ) -> Callable:
-  """Builds update(state, batch, key, reference, policy=None).
+  """Builds update(state, batch, key, reference, policy=None, old=None).
 
   Args of the returned function: the state (donate it), the batch, the MASKS
-  key of the step, the reference's scores f32 [N, K] from `estimate`, and in
-  the two-pass form the policy's scores from the same function. Returns
-  (state, metrics); a non-finite loss or gradient, or a batch without a kept
-  sequence, leaves the state as it was, but for the step, and reports
-  `update/applied` 0.
+  key of the update, and values of the batch from `estimate` with that key: the
+  reference's, in the two-pass form the policy's, and, where a rollout serves
+  several updates and the objective has a ratio, those of the parameters that
+  sampled it. Values are scores f32 [N, K], or f32 [N, U, R] for objectives per
+  token. Returns (state, metrics); a non-finite loss or gradient, or a batch
+  without a kept sequence, leaves the state as it was, but for the step, and
+  reports `update/applied` 0.
   """
-  loss_fn = objectives.OBJECTIVES[objective.name].loss
-
-  def terms_of(batch, policy, reference):
-    return objectives.Terms(
-      policy=policy,
-      reference=reference,
-      advantage=batch.advantage,
-      target=batch.target,
-      length=batch.completion_mask.sum(-1).astype(jnp.float32),
-      keep=batch.keep,
-    )
+  entry = objectives.OBJECTIVES[objective.name]
+  loss_fn, per_token = entry.loss, entry.per_token
+  values_of = _values_fn(logprob_fn, mask_id, per_token)
 
   def update(
-    state: TrainState, batch: RolloutBatch, key, reference, policy=None
+    state: TrainState,
+    batch: RolloutBatch,
+    key,
+    reference,
+    policy=None,
+    old=None,
   ):
     total = batch.completion_mask.shape[0]
     cut = _Cut(total, settings)
@@ -347,32 +434,37 @@ def make_update(
         "policy=None: two passes need the policy's scores of the batch; give "
         "those of `estimate`, or use train.passes='one'."
       )
+    if entry.ratio and settings.updates_per_rollout > 1 and old is None:
+      raise ValueError(
+        f"old=None: objective.name={objective.name!r} weighs by a ratio to the "
+        "parameters of the rollout, whose values train.updates_per_rollout="
+        f"{settings.updates_per_rollout} needs; give those of `estimate`."
+      )
     masks = draw_masks(key, mask_settings, batch)
     kept = jnp.maximum(batch.keep.sum(), 1.0)
+    sizes = _sizes(batch, masks)
 
-    def scores_of(params, piece, mask):
-      return likelihood.score(
-        logprob_fn, params, piece.tokens, piece.token_mask, mask, mask_id
-      )
+    def total_loss(batch, masks, policy, reference, old):
+      terms = _terms(batch, masks, policy, reference, old, sizes, per_token)
+      loss, metrics = loss_fn(terms, objective)
+      return (loss * batch.keep).sum() / kept, metrics
 
     if passes == "one":
-      extra = reference
+      extra = (reference, old)
 
-      def micro_loss(params, piece, mask, reference):
-        policy = scores_of(params, piece, mask)
-        loss, _ = loss_fn(terms_of(piece, policy, reference), objective)
-        return (loss * piece.keep).sum() / kept, policy
+      def micro_loss(params, piece, mask, extra):
+        policy = values_of(params, piece, mask)
+        return total_loss(piece, mask, policy, *extra)[0], policy
 
     else:
 
       def whole_loss(policy):
-        loss, _ = loss_fn(terms_of(batch, policy, reference), objective)
-        return (loss * batch.keep).sum() / kept
+        return total_loss(batch, masks, policy, reference, old)[0]
 
-      extra = jax.grad(whole_loss)(policy)  # [N, K]
+      extra = jax.grad(whole_loss)(policy)  # like the values
 
       def micro_loss(params, piece, mask, weight):
-        policy = scores_of(params, piece, mask)
+        policy = values_of(params, piece, mask)
         return (weight * policy).sum(), policy
 
     pieces = cut.split((batch, masks, extra))
@@ -389,14 +481,11 @@ def make_update(
     gradients = jax.tree.map(
       lambda x: jnp.zeros(x.shape, jnp.float32), state.params
     )
-    scores = jnp.zeros((cut.count, cut.size, mask_settings.masks), jnp.float32)
+    scores = _no_values(cut, masks, per_token)
     gradients, scores = jax.lax.fori_loop(
       0, cut.active(batch.keep), body, (gradients, scores)
     )
-    loss, metrics = loss_fn(
-      terms_of(batch, cut.join(scores), reference), objective
-    )
-    loss = (loss * batch.keep).sum() / kept
+    loss, metrics = total_loss(batch, masks, cut.join(scores), reference, old)
     norm = optax.global_norm(gradients)
     # Without a kept sequence the gradient is 0, on which momentum would act.
     applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch.keep.sum() > 0)
@@ -415,6 +504,9 @@ def make_update(
       "update/applied": applied.astype(jnp.float32),
       "update/kept_share": batch.keep.mean(),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    state = state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state
+    )
+    return state, metrics
 
   return update

@@ -11,6 +11,8 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "rspo_jax"
 LEVELS = {
   "rspo_jax": 0,
   "rspo_jax.objectives": 0,
+  "rspo_jax.baselines": 0,
+  "rspo_jax.masks": 0,
   "rspo_jax.likelihood": 0,
   "rspo_jax.sampler": 0,
   "rspo_jax.sharding": 0,
@@ -76,6 +78,8 @@ PURE = (
   "rspo_jax.flops",
   "rspo_jax.hlo",
   "rspo_jax.objectives",
+  "rspo_jax.baselines",
+  "rspo_jax.masks",
   "rspo_jax.likelihood",
   "rspo_jax.sampler",
   "rspo_jax.models.families",

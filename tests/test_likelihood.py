@@ -18,7 +18,9 @@ from rspo_jax.models import hf_weights, transformer
 PROMPT = 2  # P
 LENGTH = 4  # L
 MASK_ID = 9
-SCHEMES = sorted(likelihood.ESTIMATORS)
+SCHEMES = sorted(
+  name for name, entry in likelihood.ESTIMATORS.items() if entry.elbo
+)
 TOKENS = np.array([3, 1, 4, 0, 5, 2, 6], np.int32)  # P + L and one more
 
 

@@ -238,7 +238,7 @@ def test_the_order_within_a_group_does_not_matter():
     np.testing.assert_allclose(gradient[order], gradient2, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", sorted(objectives.OBJECTIVES))
+@pytest.mark.parametrize("name", ("rspo", "rft", "sft"))
 @pytest.mark.parametrize("gap_masks", objectives.GAP_MASKS)
 def test_dropped_groups_influence_nothing(name, gap_masks):
   for centring in objectives.CENTRINGS:
