@@ -36,7 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
   new.pattern = "."  # regular expression of a piece
 
   config.task = task = ml_collections.ConfigDict()
-  task.name = "countdown"  # key of rspo_jax.tasks.TASKS, or module:function
+  task.name = "countdown"  # key of rspo_jax.tasks.TASKS, reasoning_gym:NAME
+  #                          (rspo_jax/tasks/gym.py), or module:function
   #                          (rspo_jax/tasks/own.py)
   task.prompt_style = "compact"  # template of the prompt
   task.protocol = "strict"  # strict | d1 (bug-compatible)

@@ -24,7 +24,7 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rspo_jax.datasets import countdown, sudoku
+from rspo_jax.datasets import countdown, folders, sudoku
 
 TRAIN_EXAMPLES = {"small": 16_384, "large": 500_000}
 HELD_OUT_EXAMPLES = 4_096  # in validation, and as many in test
@@ -122,20 +122,6 @@ class RspoSudoku(_Generated):
 BUILDERS = {"countdown": RspoCountdown, "sudoku": RspoSudoku}
 
 
-def data_folder(data_dir: str = "") -> pathlib.Path:
-  """Returns the folder of prepared datasets.
-
-  The setting comes first, then the environment variable RSPO_JAX_DATA, then
-  ~/.cache/rspo_jax/datasets.
-  """
-  chosen = (
-    data_dir
-    or os.environ.get("RSPO_JAX_DATA", "")
-    or "~/.cache/rspo_jax/datasets"
-  )
-  return pathlib.Path(chosen).expanduser()
-
-
 @contextlib.contextmanager
 def _exclusive(folder: pathlib.Path):
   """Lets one process at a time prepare datasets in a folder."""
@@ -160,7 +146,7 @@ def prepare(name: str, size: str, seed: int, data_dir: str = ""):
     name: key of BUILDERS.
     size: key of TRAIN_EXAMPLES.
     seed: of the generator.
-    data_dir: see `data_folder`.
+    data_dir: see `folders.data_folder`.
   """
   if size not in TRAIN_EXAMPLES:
     raise ValueError(
@@ -169,7 +155,7 @@ def prepare(name: str, size: str, seed: int, data_dir: str = ""):
     )
   if not 0 <= seed < 2**32:
     raise ValueError(f"data.seed={seed} must be in 0..2^32-1.")
-  folder = data_folder(data_dir)
+  folder = folders.data_folder(data_dir)
   with _exclusive(folder), _quiet():
     builder = BUILDERS[name](
       data_dir=str(folder),
@@ -223,7 +209,7 @@ def load_columns(
     split: train, validation or test.
     size: key of TRAIN_EXAMPLES.
     seed: of the generator.
-    data_dir: see `data_folder`.
+    data_dir: see `folders.data_folder`.
   """
   builder = prepare(name, size, seed, data_dir)
   cache = _columns_path(builder, split)
