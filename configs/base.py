@@ -32,7 +32,8 @@ def get_config() -> ml_collections.ConfigDict:
   new.rope_theta = 10000.0
   new.norm_eps = 1e-5
   new.max_length = 64  # longest sequence, tokens
-  new.vocabulary = "0 1 2 3 4"  # pieces of text, separated by spaces
+  new.vocabulary = "0 1 2 3 4"  # pieces of text, separated by spaces; \s
+  #                               is a space, \n a new line
   new.pattern = "."  # regular expression of a piece
 
   config.task = task = ml_collections.ConfigDict()
