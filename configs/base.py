@@ -56,8 +56,10 @@ def get_config() -> ml_collections.ConfigDict:
   data.size = "small"  # small | large: builder config of a generated task
   data.seed = 0  # of the generated data
   data.dir = ""  # prepared datasets; "": RSPO_JAX_DATA or a folder in ~/.cache
-  data.source = ""  # JSONL or CSV file read instead of a prepared dataset;
-  #                   {split} in its path stands for train, validation, test
+  data.source = ""  # JSONL or CSV file read instead of a prepared or downloaded
+  #                   dataset; {split} in its path stands for train, validation,
+  #                   test; NAME:PATH is a published test file by name
+  #                   (rspo_jax/datasets/published.py)
   data.prompt_length = 7  # P: static, shorter prompts are left-padded
   data.corrupt_share = 0.0  # demonstrations replaced by mixed-quality ones
   #                           (supervised runs)

@@ -3,9 +3,10 @@
     python -m rspo_jax.main --config=configs/gsm8k.py \\
         --config.model.path=LLADA --config.data.source=gsm8k_{split}.jsonl
 
-`data.source` holds rows with question and answer ("... #### 18"), the layout of
-the published files; `{split}` in it stands for train, validation and test. Of a
-single file one row in 16 is kept for validation.
+Without `data.source` the published files are downloaded once. It holds rows with
+question and answer ("... #### 18"), their layout; `{split}` in it stands for
+train, validation and test. Of a single file, as of the published training file,
+one row in 16 is kept for validation.
 
 Arguments: `smoke` (two small steps), `calibrated` (default: lambda 0.01 nats per
 sequence), `paper_literal` (lambda 0.01 per token), `rft` (rejection sampling,

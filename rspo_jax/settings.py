@@ -210,6 +210,11 @@ def check_values(config) -> None:
   for key, allowed in _CHOICES.items():
     _one_of(key, values[key], allowed)
   if config.data.source:
+    from rspo_jax.datasets import published
+
+    if published.split_name(config.data.source)[0]:
+      published.locate(config.data.source)
+      return _check_model(config)
     # One file a split: which splits a run reads is seen when it loads them.
     path = config.data.source.replace("{split}", config.eval.split)
     if not os.path.isfile(os.path.expanduser(path)):
@@ -218,6 +223,11 @@ def check_values(config) -> None:
         "JSONL or CSV file (with {split} in its path for one file a split), "
         "or leave it empty."
       )
+  _check_model(config)
+
+
+def _check_model(config) -> None:
+  """The checkpoint's folder, or the shape of a new model."""
   if config.model.path:
     resolve_model_path(config.model.path)
   else:

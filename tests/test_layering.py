@@ -39,6 +39,8 @@ LEVELS = {
   "rspo_jax.datasets.sudoku": 0,
   "rspo_jax.datasets.files": 0,
   "rspo_jax.datasets.folders": 0,
+  "rspo_jax.datasets.published": 0,
+  "rspo_jax.datasets.downloads": 0,
   "rspo_jax.datasets.builders": 1,
   "rspo_jax.models.published": 1,
   "rspo_jax.models.transformer": 1,

@@ -12,7 +12,6 @@ TensorFlow is not needed, neither for writing nor for reading.
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import logging
 import os
@@ -122,23 +121,6 @@ class RspoSudoku(_Generated):
 BUILDERS = {"countdown": RspoCountdown, "sudoku": RspoSudoku}
 
 
-@contextlib.contextmanager
-def _exclusive(folder: pathlib.Path):
-  """Lets one process at a time prepare datasets in a folder."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = open(folder / ".lock", "a")  # noqa: SIM115
-  except OSError as error:
-    raise ValueError(
-      f"data.data_dir={folder} cannot be written ({error.strerror}); set"
-      " data.data_dir or the environment variable RSPO_JAX_DATA to a folder"
-      " that can."
-    ) from error
-  with handle:
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
-
-
 def prepare(name: str, size: str, seed: int, data_dir: str = ""):
   """Returns the builder of a generated dataset, written to disk if it was not.
 
@@ -156,7 +138,7 @@ def prepare(name: str, size: str, seed: int, data_dir: str = ""):
   if not 0 <= seed < 2**32:
     raise ValueError(f"data.seed={seed} must be in 0..2^32-1.")
   folder = folders.data_folder(data_dir)
-  with _exclusive(folder), _quiet():
+  with folders.exclusive(folder), _quiet():
     builder = BUILDERS[name](
       data_dir=str(folder),
       config=_config(size, seed),

@@ -7,9 +7,11 @@ seed, size and index rather than sent: it is made again where it is needed,
 since what its scorer wants to know of it need not be anything that JSON can say.
 """
 
+import copy
 import functools
 import inspect
 import json
+import zlib
 
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
@@ -55,11 +57,34 @@ def entry(
 
 
 def score(
-  name: str, options: str, seed: int, size: int, index: int, answer: str
-) -> float:
-  """The generator's own score of an answer."""
+  name: str,
+  options: str,
+  seed: int,
+  size: int,
+  index: int,
+  checksum: int,
+  answer: str,
+) -> list:
+  """[the generator's own score of an answer, why it could not be scored].
+
+  A scorer that fails on an answer has said that it is none.
+
+  Args:
+    name, options, seed, size, index: of the entry.
+    checksum: CRC-32 of its question, by which it is known to be the same.
+    answer: what is to be scored.
+  """
   found = _entry(name, options, seed, size, index)
-  return float(_dataset(name, options, seed, size).score_answer(answer, found))
+  if zlib.crc32(str(found["question"]).encode()) != checksum:
+    raise RuntimeError(
+      f"{name} makes another entry {index} than before, so that answers to it"
+      " cannot be scored"
+    )
+  dataset = _dataset(name, options, seed, size)
+  try:
+    return [float(dataset.score_answer(answer, copy.deepcopy(found))), ""]
+  except Exception as error:  # the scorers are not ours
+    return [0.0, f"{type(error).__name__}: {error}"[:80]]
 
 
 def call(function: str, *arguments):

@@ -243,7 +243,9 @@ def _verdict(answer: str, outcome: workers.Outcome, weights) -> base.Verdict:
   if outcome.reason:
     reason = f"{base.NO_VERDICT}{outcome.reason}"
   else:
-    score = float(outcome.value)
+    score, failure = outcome.value
+    if failure:
+      reason = f"no answer to its scorer ({failure}): {answer[:40]!a}"
     # Neither more than all of it nor less than nothing; nan is nothing.
     parts["score"] = min(score, 1.0) if score > 0 else 0.0
   reward = sum(weights[part] * value for part, value in parts.items())
@@ -296,7 +298,12 @@ def make_task(name: str, settings: own.RewardSettings) -> base.Task:
     outcomes = _map(
       _pool(settings.processes, settings.limits),
       [
-        ("score", *example["entry"], answer)
+        (
+          "score",
+          *example["entry"],
+          zlib.crc32(example["prompt"].encode()),
+          answer,
+        )
         for (example, _), answer in zip(pairs, found, strict=True)
       ],
     )
