@@ -42,6 +42,7 @@ LEVELS = {
   "rspo_jax.datasets.published": 0,
   "rspo_jax.datasets.downloads": 0,
   "rspo_jax.datasets.builders": 1,
+  "rspo_jax.datasets.statistics": 1,
   "rspo_jax.models.published": 1,
   "rspo_jax.models.transformer": 1,
   "rspo_jax.models.lora": 1,
