@@ -72,13 +72,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampler = sampler = ml_collections.ConfigDict()
   sampler.completion_length = 8  # L: static
   sampler.block_length = 8  # positions filled before the next block starts
-  sampler.steps = 8  # T: denoising steps of all blocks together
+  sampler.steps = 8  # T: denoising steps of all blocks together; 0: L
   sampler.algorithm = "llada"  # key of rspo_jax.sampler.ALGORITHMS
   sampler.remasking = "low_confidence"  # key of rspo_jax.sampler.REMASKING
 
   config.likelihood = likelihood = ml_collections.ConfigDict()
   likelihood.scheme = "complementary"  # key of rspo_jax.likelihood.ESTIMATORS
-  likelihood.masks = 2  # K: masks (forward passes) of a completion
+  likelihood.masks = 2  # K: masks (forward passes) of a completion; 0 with
+  #                       scheme trace: as many as the sampler has steps
   # completion (through the first EOS, later positions hidden from attention) |
   # canvas (all L) | masked_tail (as completion, later positions seen as masks)
   likelihood.scope = "completion"

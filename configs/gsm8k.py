@@ -10,10 +10,12 @@ one row in 16 is kept for validation.
 
 Arguments: `smoke` (two small steps), `calibrated` (default: lambda 0.01 nats per
 sequence), `paper_literal` (lambda 0.01 per token), `rft` (rejection sampling,
-the control run), `d1` (that prompt format instead of espo's).
+the control run), `d1` (that prompt format instead of espo's), and the
+objectives of configs/recipes.py: `diffu_grpo`, `wd1`, `espo`, `spg`, `gdpo`,
+`vrpo`, `tracerl`, `justgrpo`, `trafl`.
 """
 
-from configs import base
+from configs import base, recipes
 
 
 def _smoke(config):
@@ -49,6 +51,7 @@ SWITCHES = {
   "paper_literal": _paper_literal,
   "rft": _rft,
   "d1": _d1,
+  **recipes.SWITCHES,
 }
 
 

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 FILES = sorted(
   path.stem
   for path in (ROOT / "configs").glob("*.py")
-  if path.stem not in ("__init__", "base")
+  if path.stem not in ("__init__", "base", "recipes")
 )
 # They need a checkpoint and data of the user's.
 REAL = ("gsm8k", "math500")
