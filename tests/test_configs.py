@@ -159,6 +159,8 @@ def test_every_number_is_bounded():
   """Nothing numeric passes unchecked: each key stands in one of the tables."""
   elsewhere = {
     "optimizer.eps",
+    "objective.beta",
+    "objective.bound_power",
     "optimizer.clip_norm",
     "reward.time_limit_s",
     "mesh.data",
