@@ -13,6 +13,7 @@ Axis letters as in the README: B prompts a batch, b of them on this process, P
 prompt length, L completion length.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -299,6 +300,46 @@ class Batches:
     while True:
       yield self[step]
       step += 1
+
+
+class Ahead:
+  """Batches of which the next one is made while this one is used.
+
+  One thread makes them all, so that what they share needs no lock. Whatever
+  order the steps are asked for in, each is what `batches[step]` is.
+
+  Args:
+    batches: by step.
+    steps: number of steps; none is made past the last.
+  """
+
+  def __init__(self, batches: Batches, steps: int):
+    self._batches = batches
+    self._steps = steps
+    self._thread = concurrent.futures.ThreadPoolExecutor(
+      1, thread_name_prefix="data"
+    )
+    self._next: tuple[int, concurrent.futures.Future] | None = None
+
+  def __getitem__(self, step: int):
+    """Returns the batch of a step and begins with the one after it.
+
+    Raises:
+      DataError: this batch cannot be made; of a later one it comes later.
+    """
+    if self._next is None or self._next[0] != step:
+      self._begin(step)
+    batch = self._next[1].result()
+    if step + 1 < self._steps:
+      self._begin(step + 1)
+    return batch
+
+  def _begin(self, step: int) -> None:
+    self._next = step, self._thread.submit(self._batches.__getitem__, step)
+
+  def close(self) -> None:
+    """Ends the thread; a batch under way is thrown away."""
+    self._thread.shutdown(wait=True, cancel_futures=True)
 
 
 def prompt_batches(

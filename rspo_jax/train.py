@@ -86,9 +86,13 @@ def _prompts(
 
 @dataclasses.dataclass
 class Stopwatch:
-  """Seconds of the phases of a step."""
+  """Seconds of the phases of a step.
+
+  `overlapped_s` of them were the host's while the device worked, too.
+  """
 
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+  overlapped_s: float = 0.0
 
   @contextlib.contextmanager
   def __call__(self, name: str):
@@ -96,6 +100,17 @@ class Stopwatch:
     yield
     elapsed = time.perf_counter() - start
     self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
+
+  def host_share(self, step_s: float) -> float:
+    """Share of a step in which the device waited for the host, at most.
+
+    Where the device was done with the early scores before the host was done
+    with the rewards, all of the host's time counts.
+    """
+    busy_s = self.overlapped_s
+    for name in ("rollout", "score", "update"):
+      busy_s += self.seconds.get(f"time/{name}_s", 0.0)
+    return max(0.0, 1.0 - busy_s / step_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -307,8 +322,9 @@ class Run:
     """Samples, judges and assembles one batch; returns it with metrics."""
     program, settings = self.program, self.settings
     group = settings.rollout.group_size
-    with watch("time/rollout_s"):
+    with watch("time/data_s"):
       prompts = batches[self.step]
+    with watch("time/rollout_s"):
       tokens, mask = sharding.put_global(
         program.mesh, (prompts.tokens, prompts.mask)
       )
@@ -346,6 +362,8 @@ class Run:
         else None,
         lambda_=self.lambda_ if settings.objective.lambda_share else None,
       )
+    if early is not None and not early[1][0].is_ready():
+      watch.overlapped_s = watch.seconds["time/reward_s"]
     values = rollout_metrics(
       judged,
       ended,
@@ -548,6 +566,7 @@ class Run:
     values |= watch.seconds
     values["time/step_s"] = time.perf_counter() - start
     spent = {k: v for k, v in values.items() if k.startswith("time/")}
+    values["time/host_share"] = watch.host_share(values["time/step_s"])
     spent["first_calls"] = self.compiling_s - compiled_s
     for key, value in spent.items():
       self.seconds[key] = self.seconds.get(key, 0.0) + value
@@ -857,7 +876,7 @@ def _batches(run: Run):
   else:
     batches = data.prompt_batches(examples, **common)
   batches[0]
-  return batches
+  return data.Ahead(batches, settings.run.steps)
 
 
 def train(run: Run, batches) -> int:
@@ -872,7 +891,7 @@ def train(run: Run, batches) -> int:
   checkpointer = Checkpointer(
     run.home.address / "checkpoints", keep_last=settings.run.keep_checkpoints
   )
-  with checkpointer:
+  with checkpointer, contextlib.closing(batches):
     saved, pending = _restore(run, checkpointer)
 
     def save():

@@ -1,5 +1,8 @@
 """Batches as a function of (seed, step), whatever the number of processes."""
 
+import contextlib
+import time
+
 import numpy as np
 import pytest
 
@@ -258,3 +261,39 @@ class TestLoadExamples:
     assert examples[3:5] == [examples[3], examples[4]]
     for example in examples:
       assert task.verify(example, task.demonstration(example)).correct
+
+
+class Made:
+  """Batches that note which were made, and that fail at one step."""
+
+  def __init__(self, fails_at=-1):
+    self.steps, self.fails_at = [], fails_at
+
+  def __getitem__(self, step):
+    self.steps.append(step)
+    if step == self.fails_at:
+      raise data.DataError(f"step {step}")
+    return step * 10
+
+
+def test_the_next_batch_is_made_while_this_one_is_used():
+  made = Made()
+  with contextlib.closing(data.Ahead(made, 4)) as ahead:
+    for step in (0, 1, 2, 3):
+      assert ahead[step] == step * 10
+      end = time.monotonic() + 10
+      while len(made.steps) < min(step + 2, 4):
+        assert time.monotonic() < end
+        time.sleep(1e-3)
+  assert made.steps == [0, 1, 2, 3]  # each once, none past the last
+
+
+def test_batches_made_ahead_are_those_of_their_steps_in_any_order():
+  made = Made(fails_at=3)
+  with contextlib.closing(data.Ahead(made, 100)) as ahead:
+    for step in (5, 6, 2, 2, 7, 0):
+      assert ahead[step] == step * 10
+    assert ahead[2] == 20  # and begins with 3, whose failure is not of 2
+    with pytest.raises(data.DataError, match="step 3"):
+      ahead[3]
+    assert ahead[4] == 40

@@ -143,6 +143,8 @@ def test_metrics_hold_every_step_once_with_the_keys_of_the_contract(whole):
     "time/score_s",
     "time/update_s",
     "time/step_s",
+    "time/data_s",
+    "time/host_share",
   }
   for row in rows:
     assert step <= row.keys() or row["step"] == 0
@@ -150,6 +152,48 @@ def test_metrics_hold_every_step_once_with_the_keys_of_the_contract(whole):
     assert (evaluation <= row.keys()) == evaluated
     assert all(math.isfinite(value) for value in row.values())
   assert rows[0]["eval/n"] == 12
+
+
+def test_the_host_share_is_what_the_device_waited_for_at_most():
+  watch = train.Stopwatch()
+  watch.seconds = {
+    "time/data_s": 1.0,
+    "time/rollout_s": 4.0,
+    "time/reward_s": 2.0,
+    "time/score_s": 1.0,
+    "time/update_s": 2.0,
+  }
+  assert watch.host_share(10.0) == pytest.approx(0.3)
+  # The device scored while the host verified.
+  watch.overlapped_s = 2.0
+  assert watch.host_share(10.0) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_scores_that_need_no_reward_are_begun_before_the_rewards(
+  skip, whole, whole_kept, tiny, tmp_path, monkeypatch
+):
+  del whole, whole_kept  # compiled by then
+  events = []
+
+  def noted(name, method):
+    def wrapped(self, *args):
+      events.append(name)
+      return method(self, *args)
+
+    return wrapped
+
+  program = train.program_lib.Program
+  monkeypatch.setattr(program, "judge", noted("rewards", program.judge))
+  monkeypatch.setattr(train.Run, "scores", noted("scores", train.Run.scores))
+  argv = tiny(tmp_path / "run", objective__skip_equal_groups=skip, run__steps=2)
+  assert main.main(argv) == 0
+  # What an evaluation judges comes before the first step and after the last.
+  first = events.index("scores")
+  last = len(events) - events[::-1].index("scores")
+  steps = events[first - skip : last + (not skip)]
+  order = ["rewards", "scores"] if skip else ["scores", "rewards"]
+  assert steps == order * 2
 
 
 def test_at_the_start_policy_and_reference_score_exactly_alike(whole):
