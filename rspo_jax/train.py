@@ -127,6 +127,11 @@ class Scores:
   policy: Any
   old: Any
 
+  @property
+  def arrays(self) -> list[jax.Array]:
+    """Those that there are."""
+    return jax.tree.leaves((self.reference, self.policy, self.old))
+
 
 def mean_of_updates(updates: list[dict[str, float]]) -> dict[str, float]:
   """Metrics of a step's updates as one row: means, and the last rate."""
@@ -362,7 +367,8 @@ class Run:
         else None,
         lambda_=self.lambda_ if settings.objective.lambda_share else None,
       )
-    if early is not None and not early[1][0].is_ready():
+    pending = early[1] if early is not None else []
+    if not all(x.is_ready() for one in pending for x in one.arrays):
       watch.overlapped_s = watch.seconds["time/reward_s"]
     values = rollout_metrics(
       judged,
@@ -550,7 +556,7 @@ class Run:
       else:
         scores = self.scores(batch)
       self.check_start(batch, scores[0].reference)
-      jax.block_until_ready([(s.reference, s.policy, s.old) for s in scores])
+      jax.block_until_ready([s.arrays for s in scores])
     if self.samples_due():
       with watch("time/samples_s"):
         self.keep_calibration(batch, scores[0])
