@@ -5,11 +5,10 @@
 
 Arguments: `smoke` (seconds), `calibrated` (default: lambda 3 nats per token),
 `paper_literal` (lambda 0.01 per token), `rft` (rejection sampling, the
-control run), and the objectives of configs/recipes.py: `diffu_grpo`, `wd1`,
-`espo`, `spg`, `gdpo`, `vrpo`, `tracerl`, `justgrpo`, `trafl`.
+control run).
 """
 
-from configs import base, recipes
+from configs import base
 
 
 def _smoke(config):
@@ -37,7 +36,6 @@ SWITCHES = {
   "calibrated": _calibrated,
   "paper_literal": _paper_literal,
   "rft": _rft,
-  **recipes.SWITCHES,
 }
 
 

@@ -99,6 +99,7 @@ class MetricsWriter:
     self._last_step: int | None = None
     self._purge_step: int | None = None
     self._events: Any = None
+    self._trackers: Any = None
     self._view = _View(
       total_steps, stream or sys.stdout, active and not quiet, debug, active
     )
@@ -131,9 +132,15 @@ class MetricsWriter:
         events = self._open_events()
         for key, value in finite.items():
           events.add_scalar(key, value, step)
+      if self._trackers is not None:
+        self._trackers.each("scalars", step, finite)
       self._view.update(step, finite)
     if bad:
       raise NonFiniteMetric(step, bad)
+
+  def attach(self, trackers: Any) -> None:
+    """Sends rows, histograms and texts to `trackers.Trackers` too."""
+    self._trackers = trackers
 
   def truncate_to(self, step: int) -> list[str]:
     """Drops the rows past a step, before a run continues from there.
@@ -159,13 +166,16 @@ class MetricsWriter:
 
   def histogram(self, step: int, name: str, values: Any) -> None:
     """Adds a distribution to TensorBoard; values that are not finite go."""
-    if self._with_tensorboard:
-      import numpy as np
+    if not self._with_tensorboard and self._trackers is None:
+      return
+    import numpy as np
 
-      values = np.asarray(values, np.float64).ravel()
-      values = values[np.isfinite(values)]
-      if values.size:
-        self._open_events().add_histogram(name, values, step)
+    values = np.asarray(values, np.float64).ravel()
+    values = values[np.isfinite(values)]
+    if values.size and self._with_tensorboard:
+      self._open_events().add_histogram(name, values, step)
+    if values.size and self._trackers is not None:
+      self._trackers.each("histogram", step, name, values)
 
   def text(self, step: int, name: str, text: str) -> None:
     """Adds a text, as it stands, to TensorBoard."""
@@ -173,6 +183,8 @@ class MetricsWriter:
       # TensorBoard renders Markdown; indented text is shown verbatim.
       verbatim = "\n".join("    " + line for line in text.splitlines())
       self._open_events().add_text(name, verbatim, step)
+    if self._trackers is not None:
+      self._trackers.each("text", step, name, text)
 
   def say(self, text: str) -> None:
     """Shows a message above the progress line, unless quiet."""
@@ -213,6 +225,9 @@ class MetricsWriter:
     self._view.close()
     self._close_file()
     self._close_events()
+    if self._trackers is not None:
+      self._trackers.each("close")
+      self._trackers = None
 
   def __enter__(self) -> "MetricsWriter":
     return self

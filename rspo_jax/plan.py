@@ -187,8 +187,7 @@ def _set_completion(config, length: int, notes) -> None:
     if length % n == 0
   )
   blocks = length // block
-  each = sampler.steps or before
-  steps = max(round(each * length / before / blocks), 1) * blocks
+  steps = max(round(sampler.steps * length / before / blocks), 1) * blocks
   sampler.completion_length = length
   sampler.block_length, sampler.steps = block, steps
   notes.append(

@@ -32,10 +32,12 @@ from rspo_jax import (
   mirror,
   objectives,
   processes,
+  profiler,
   rollout,
   scores,
   sharding,
   traces,
+  trackers,
   train_step,
   workers,
 )
@@ -816,6 +818,7 @@ def _open_workdir(run: Run) -> None:
     run.workdir.mkdir(parents=True, exist_ok=True)
     write_json(run.workdir / settings_lib.CONFIG, run.config)
     write_json(run.workdir / ENVIRONMENT, environment.describe())
+    _open_trackers(run)
     if run.home.in_bucket:
       run.writer.say(
         f"Local copies in {run.workdir}; {brought} files came from the bucket."
@@ -850,6 +853,21 @@ def _check_shared(run: Run) -> None:
       f"{', '.join(map(str, blind))}: hosts without a shared disk need a "
       "folder in a bucket, --workdir=gs://BUCKET/FOLDER."
     )
+
+
+def _open_trackers(run: Run) -> None:
+  """Brings in what run.logger names."""
+  wanted = trackers.names(run.settings.run.logger)
+  if not wanted:
+    return
+  config = {
+    key: value
+    for key, value in settings_lib.flat(run.config).items()
+    if key not in settings_lib.FREE_KEYS
+  }
+  run.writer.attach(
+    trackers.Trackers(wanted, run.workdir, config, run.writer.warn)
+  )
 
 
 def _batches(run: Run):
@@ -908,6 +926,12 @@ def train(run: Run, batches) -> int:
         checkpointer.save(run.step, run.state, _extra(run, pending))
         saved = run.step
 
+    profile = profiler.Profiler(
+      run.workdir / "profile",
+      settings.run.profile if run.main_process else 0,
+      writer.table,
+      writer.warn,
+    )
     while True:
       last = run.step == steps
       if pending is not None:
@@ -925,7 +949,9 @@ def train(run: Run, batches) -> int:
           save()
       if last or run.interrupt.agreed(run.step):
         break
-      pending = run.train_one(batches)
+      with profile.step():
+        pending = run.train_one(batches)
+    profile.close()
     if not last or pending is not None:
       save()
       checkpointer.wait()
