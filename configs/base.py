@@ -32,11 +32,13 @@ def get_config() -> ml_collections.ConfigDict:
   new.rope_theta = 10000.0
   new.norm_eps = 1e-5
   new.max_length = 64  # longest sequence, tokens
-  new.vocabulary = "0 1 2 3 4"  # pieces of text, separated by spaces
+  new.vocabulary = "0 1 2 3 4"  # pieces of text, separated by spaces; \s
+  #                               is a space, \n a new line
   new.pattern = "."  # regular expression of a piece
 
   config.task = task = ml_collections.ConfigDict()
-  task.name = "countdown"  # key of rspo_jax.tasks.TASKS, or module:function
+  task.name = "countdown"  # key of rspo_jax.tasks.TASKS, reasoning_gym:NAME
+  #                          (rspo_jax/tasks/gym.py), or module:function
   #                          (rspo_jax/tasks/own.py)
   task.prompt_style = "compact"  # template of the prompt
   task.protocol = "strict"  # strict | d1 (bug-compatible)
@@ -54,8 +56,10 @@ def get_config() -> ml_collections.ConfigDict:
   data.size = "small"  # small | large: builder config of a generated task
   data.seed = 0  # of the generated data
   data.dir = ""  # prepared datasets; "": RSPO_JAX_DATA or a folder in ~/.cache
-  data.source = ""  # JSONL or CSV file read instead of a prepared dataset;
-  #                   {split} in its path stands for train, validation, test
+  data.source = ""  # JSONL or CSV file read instead of a prepared or downloaded
+  #                   dataset; {split} in its path stands for train, validation,
+  #                   test; NAME:PATH is a published test file by name
+  #                   (rspo_jax/datasets/published.py)
   data.prompt_length = 7  # P: static, shorter prompts are left-padded
   data.corrupt_share = 0.0  # demonstrations replaced by mixed-quality ones
   #                           (supervised runs)
@@ -68,13 +72,14 @@ def get_config() -> ml_collections.ConfigDict:
   config.sampler = sampler = ml_collections.ConfigDict()
   sampler.completion_length = 8  # L: static
   sampler.block_length = 8  # positions filled before the next block starts
-  sampler.steps = 8  # T: denoising steps of all blocks together
+  sampler.steps = 8  # T: denoising steps of all blocks together; 0: L
   sampler.algorithm = "llada"  # key of rspo_jax.sampler.ALGORITHMS
   sampler.remasking = "low_confidence"  # key of rspo_jax.sampler.REMASKING
 
   config.likelihood = likelihood = ml_collections.ConfigDict()
   likelihood.scheme = "complementary"  # key of rspo_jax.likelihood.ESTIMATORS
-  likelihood.masks = 2  # K: masks (forward passes) of a completion
+  likelihood.masks = 2  # K: masks (forward passes) of a completion; 0 with
+  #                       scheme trace: as many as the sampler has steps
   # completion (through the first EOS, later positions hidden from attention) |
   # canvas (all L) | masked_tail (as completion, later positions seen as masks)
   likelihood.scope = "completion"

@@ -5,10 +5,11 @@
 
 Arguments: `smoke` (seconds), `calibrated` (default: lambda 3 nats per token),
 `paper_literal` (lambda 0.01 per token), `rft` (rejection sampling, the
-control run).
+control run), and the objectives of configs/recipes.py: `diffu_grpo`, `wd1`,
+`espo`, `spg`, `gdpo`, `vrpo`, `tracerl`, `justgrpo`, `trafl`.
 """
 
-from configs import base
+from configs import base, recipes
 
 
 def _smoke(config):
@@ -36,6 +37,7 @@ SWITCHES = {
   "calibrated": _calibrated,
   "paper_literal": _paper_literal,
   "rft": _rft,
+  **recipes.SWITCHES,
 }
 
 

@@ -3,16 +3,19 @@
     python -m rspo_jax.main --config=configs/gsm8k.py \\
         --config.model.path=LLADA --config.data.source=gsm8k_{split}.jsonl
 
-`data.source` holds rows with question and answer ("... #### 18"), the layout of
-the published files; `{split}` in it stands for train, validation and test. Of a
-single file one row in 16 is kept for validation.
+Without `data.source` the published files are downloaded once. It holds rows with
+question and answer ("... #### 18"), their layout; `{split}` in it stands for
+train, validation and test. Of a single file, as of the published training file,
+one row in 16 is kept for validation.
 
 Arguments: `smoke` (two small steps), `calibrated` (default: lambda 0.01 nats per
 sequence), `paper_literal` (lambda 0.01 per token), `rft` (rejection sampling,
-the control run), `d1` (that prompt format instead of espo's).
+the control run), `d1` (that prompt format instead of espo's), and the
+objectives of configs/recipes.py: `diffu_grpo`, `wd1`, `espo`, `spg`, `gdpo`,
+`vrpo`, `tracerl`, `justgrpo`, `trafl`.
 """
 
-from configs import base
+from configs import base, recipes
 
 
 def _smoke(config):
@@ -48,6 +51,7 @@ SWITCHES = {
   "paper_literal": _paper_literal,
   "rft": _rft,
   "d1": _d1,
+  **recipes.SWITCHES,
 }
 
 

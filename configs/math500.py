@@ -3,8 +3,9 @@
     python -m rspo_jax.main --config=configs/math500.py \\
         --config.model.path=LLADA --config.data.source=math_{split}.jsonl
 
-`data.source` holds rows with problem and answer, or problem and solution with
-the answer in its last box; `{split}` stands for train, validation and test.
+Without `data.source` the published files are downloaded once. It holds rows with
+problem and answer, or problem and solution with the answer in its last box;
+`{split}` stands for train, validation and test.
 Answers are compared by math-verify: pip install -r requirements-math.txt.
 
 Arguments: as in configs/gsm8k.py.

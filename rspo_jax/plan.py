@@ -187,7 +187,8 @@ def _set_completion(config, length: int, notes) -> None:
     if length % n == 0
   )
   blocks = length // block
-  steps = max(round(sampler.steps * length / before / blocks), 1) * blocks
+  each = sampler.steps or before
+  steps = max(round(each * length / before / blocks), 1) * blocks
   sampler.completion_length = length
   sampler.block_length, sampler.steps = block, steps
   notes.append(

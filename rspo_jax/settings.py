@@ -115,8 +115,6 @@ _POSITIVE = (
   "data.prompt_length",
   "sampler.completion_length",
   "sampler.block_length",
-  "sampler.steps",
-  "likelihood.masks",
   "model.head_chunks",
   "reward.workers",
   "reward.memory_mb",
@@ -138,6 +136,8 @@ _NOT_NEGATIVE = (
   "objective.sft_weight",
   "objective.reference_every",
   "likelihood.block_length",
+  "likelihood.masks",
+  "sampler.steps",
   "optimizer.learning_rate",
   "optimizer.warmup_steps",
   "optimizer.weight_decay",
@@ -221,6 +221,11 @@ def check_values(config) -> None:
     )
   trackers.names(config.run.logger)
   if config.data.source:
+    from rspo_jax.datasets import published
+
+    if published.split_name(config.data.source)[0]:
+      published.locate(config.data.source)
+      return _check_model(config)
     # One file a split: which splits a run reads is seen when it loads them.
     path = config.data.source.replace("{split}", config.eval.split)
     if not os.path.isfile(os.path.expanduser(path)):
@@ -229,6 +234,11 @@ def check_values(config) -> None:
         "JSONL or CSV file (with {split} in its path for one file a split), "
         "or leave it empty."
       )
+  _check_model(config)
+
+
+def _check_model(config) -> None:
+  """The checkpoint's folder, or the shape of a new model."""
   if config.model.path:
     resolve_model_path(config.model.path)
   else:
@@ -393,18 +403,17 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     return settings
 
   train_length = config.sampler.completion_length
+  train_steps = config.sampler.steps or train_length
   train_sampler = sampler_settings(
     train_length,
     config.sampler.block_length,
-    config.sampler.steps,
+    train_steps,
     config.rollout.temperature,
   )
 
   def eval_sampler(length, temperature):
     block = config.eval.block_length or min(config.sampler.block_length, length)
-    steps = config.eval.steps or max(
-      1, config.sampler.steps * length // train_length
-    )
+    steps = config.eval.steps or max(1, train_steps * length // train_length)
     return sampler_settings(length, block, steps, temperature, "eval")
 
   eval_length = config.eval.completion_length or train_length
@@ -434,7 +443,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     )
   mask_settings = likelihood.LikelihoodSettings(
     scheme=config.likelihood.scheme,
-    masks=config.likelihood.masks,
+    masks=_canvases(config, train_sampler),
     scope=config.likelihood.scope,
     block_length=config.likelihood.block_length or config.sampler.block_length,
     prompt_mask=float(config.likelihood.prompt_mask),
@@ -451,7 +460,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     group_size=config.rollout.group_size,
     draw_size=mask_settings.draw_size,
   )
-  _check_objective(config, objective, train_sampler)
+  _check_objective(config, objective)
   if (
     objective.gap_masks == "leave_one_out"
     and mask_settings.masks < 2 * mask_settings.draw_size
@@ -639,13 +648,41 @@ def _evaluations(config, length: int, at_length) -> tuple[Evaluation, ...]:
   return tuple(found)
 
 
-def _check_objective(config, objective, sampler) -> None:
+def _canvases(config, sampler) -> int:
+  """K; a trace's is one canvas for every `shrink` steps of the sampler.
+
+  Args:
+    config: the whole config.
+    sampler: `SamplerSettings` of the rollouts.
+
+  Raises:
+    ValueError: names key, value and remedy.
+  """
+  from rspo_jax import likelihood
+
+  scheme, masks = config.likelihood.scheme, config.likelihood.masks
+  if not likelihood.ESTIMATORS[scheme].needs_trace:
+    return masks
+  # A threshold may commit one position a step, whatever the steps are.
+  longest = sampler.completion_length
+  if not sampler.adaptive:
+    longest = min(longest, sampler.steps)
+  wanted = -(-longest // config.likelihood.shrink)
+  if masks not in (0, wanted):
+    raise ValueError(
+      f"likelihood.masks={masks} must be {wanted}, or 0, with "
+      f"likelihood.scheme={scheme!r}: one canvas for every likelihood.shrink="
+      f"{config.likelihood.shrink} of up to {longest} sampling steps."
+    )
+  return wanted
+
+
+def _check_objective(config, objective) -> None:
   """Refuses what an objective cannot be trained with.
 
   Args:
     config: the whole config.
     objective: `ObjectiveSettings`.
-    sampler: `SamplerSettings` of the rollouts.
 
   Raises:
     ValueError: names key, value and remedy.
@@ -653,7 +690,7 @@ def _check_objective(config, objective, sampler) -> None:
   from rspo_jax import likelihood, objectives
 
   entry = objectives.OBJECTIVES[objective.name]
-  scheme, masks = config.likelihood.scheme, config.likelihood.masks
+  scheme = config.likelihood.scheme
   if entry.estimators is not None and scheme not in entry.estimators:
     raise ValueError(
       f"likelihood.scheme={scheme!r} cannot serve objective.name="
@@ -665,18 +702,6 @@ def _check_objective(config, objective, sampler) -> None:
       f"likelihood.scheme={scheme!r} follows the sampler's steps, and "
       "demonstrations have none; use 'uniform'."
     )
-  if estimator.needs_trace:
-    # A threshold may commit one position a step, whatever the steps are.
-    longest = sampler.completion_length
-    if not sampler.adaptive:
-      longest = min(longest, sampler.steps)
-    wanted = -(-longest // config.likelihood.shrink)
-    if masks != wanted:
-      raise ValueError(
-        f"likelihood.masks={masks} must be {wanted} with likelihood.scheme="
-        f"{scheme!r}: one canvas for every likelihood.shrink="
-        f"{config.likelihood.shrink} of up to {longest} sampling steps."
-      )
   if config.train.updates_per_rollout > 1 and not entry.reuse:
     raise ValueError(
       f"train.updates_per_rollout={config.train.updates_per_rollout} has no "

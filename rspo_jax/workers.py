@@ -200,6 +200,8 @@ class _Worker:
       # The worker finds what its parent finds; the accelerator is taken.
       "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
       "JAX_PLATFORMS": "cpu",
+      # Sets have the same order in all of them, and every time.
+      "PYTHONHASHSEED": "0",
       "OPENBLAS_NUM_THREADS": "1",
       "OMP_NUM_THREADS": "1",
     }

@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from rspo_jax.datasets import countdown, files, streams, sudoku
+from rspo_jax.datasets import countdown, files, folders, streams, sudoku
 
 SPLITS = ("train", "validation", "test")
 
@@ -309,12 +309,11 @@ class TestBuilders:
 
 
 def test_the_folder_comes_from_setting_then_environment(monkeypatch):
-  builders = pytest.importorskip("rspo_jax.datasets.builders")
   monkeypatch.setenv("RSPO_JAX_DATA", "/from/environment")
-  assert str(builders.data_folder("/from/setting")) == "/from/setting"
-  assert str(builders.data_folder()) == "/from/environment"
+  assert str(folders.data_folder("/from/setting")) == "/from/setting"
+  assert str(folders.data_folder()) == "/from/environment"
   monkeypatch.delenv("RSPO_JAX_DATA")
-  assert builders.data_folder().parts[-2:] == ("rspo_jax", "datasets")
+  assert folders.data_folder().parts[-2:] == ("rspo_jax", "datasets")
 
 
 class TestFiles:

@@ -12,7 +12,6 @@ TensorFlow is not needed, neither for writing nor for reading.
 
 import contextlib
 import dataclasses
-import fcntl
 import io
 import logging
 import os
@@ -24,7 +23,7 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rspo_jax.datasets import countdown, sudoku
+from rspo_jax.datasets import countdown, folders, sudoku
 
 TRAIN_EXAMPLES = {"small": 16_384, "large": 500_000}
 HELD_OUT_EXAMPLES = 4_096  # in validation, and as many in test
@@ -122,37 +121,6 @@ class RspoSudoku(_Generated):
 BUILDERS = {"countdown": RspoCountdown, "sudoku": RspoSudoku}
 
 
-def data_folder(data_dir: str = "") -> pathlib.Path:
-  """Returns the folder of prepared datasets.
-
-  The setting comes first, then the environment variable RSPO_JAX_DATA, then
-  ~/.cache/rspo_jax/datasets.
-  """
-  chosen = (
-    data_dir
-    or os.environ.get("RSPO_JAX_DATA", "")
-    or "~/.cache/rspo_jax/datasets"
-  )
-  return pathlib.Path(chosen).expanduser()
-
-
-@contextlib.contextmanager
-def _exclusive(folder: pathlib.Path):
-  """Lets one process at a time prepare datasets in a folder."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = open(folder / ".lock", "a")  # noqa: SIM115
-  except OSError as error:
-    raise ValueError(
-      f"data.data_dir={folder} cannot be written ({error.strerror}); set"
-      " data.data_dir or the environment variable RSPO_JAX_DATA to a folder"
-      " that can."
-    ) from error
-  with handle:
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    yield
-
-
 def prepare(name: str, size: str, seed: int, data_dir: str = ""):
   """Returns the builder of a generated dataset, written to disk if it was not.
 
@@ -160,7 +128,7 @@ def prepare(name: str, size: str, seed: int, data_dir: str = ""):
     name: key of BUILDERS.
     size: key of TRAIN_EXAMPLES.
     seed: of the generator.
-    data_dir: see `data_folder`.
+    data_dir: see `folders.data_folder`.
   """
   if size not in TRAIN_EXAMPLES:
     raise ValueError(
@@ -169,8 +137,8 @@ def prepare(name: str, size: str, seed: int, data_dir: str = ""):
     )
   if not 0 <= seed < 2**32:
     raise ValueError(f"data.seed={seed} must be in 0..2^32-1.")
-  folder = data_folder(data_dir)
-  with _exclusive(folder), _quiet():
+  folder = folders.data_folder(data_dir)
+  with folders.exclusive(folder), _quiet():
     builder = BUILDERS[name](
       data_dir=str(folder),
       config=_config(size, seed),
@@ -223,7 +191,7 @@ def load_columns(
     split: train, validation or test.
     size: key of TRAIN_EXAMPLES.
     seed: of the generator.
-    data_dir: see `data_folder`.
+    data_dir: see `folders.data_folder`.
   """
   builder = prepare(name, size, seed, data_dir)
   cache = _columns_path(builder, split)

@@ -7,6 +7,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from rspo_jax.datasets import published
+
 SUFFIXES = (".jsonl", ".json", ".csv")
 
 
@@ -102,13 +104,21 @@ def load_split(
   A source that holds `{split}` names one file a split. Of a single file, test
   is every row, as published test files want it; train and validation share the
   rows between them, one in 16 going to validation by its hash, the same
-  examples always together.
+  examples always together. A published test file (`published`) is test alone.
 
   Args:
-    source: path of a JSONL or CSV file.
+    source: path of a JSONL or CSV file, or NAME:PATH of a published one.
     split: train, validation or test.
     parse: row -> example; raises ValueError with what was expected.
   """
+  name, _ = published.split_name(source)
+  if name:
+    if split != "test":
+      raise ValueError(
+        f"data.source={source!r} is a published test file, which the {split}"
+        " split may not read; use it in --mode=eval with eval.split=test."
+      )
+    return load_rows(published.locate(source), parse)
   if "{split}" in source:
     return load_rows(source.replace("{split}", split), parse)
   examples = load_rows(source, parse)

@@ -16,6 +16,8 @@ from rspo_jax.tokenizer import build_word_tokenizer
 
 # Rows of the embedding are a multiple of this, so that meshes divide them.
 VOCABULARY_MULTIPLE = 8
+# Pieces that a list separated by spaces cannot hold themselves.
+_NAMED = {r"\s": " ", r"\n": "\n"}
 
 
 def source_config(shape: Mapping[str, Any], tokenizer) -> dict[str, Any]:
@@ -69,16 +71,16 @@ def new_model(shape: Mapping[str, Any], key: jax.Array) -> Model:
 
   Args:
     shape: model.new of the config: sizes, `vocabulary` (the pieces, separated
-      by spaces) and `pattern` (what a piece looks like).
+      by spaces; `\\s` is a space, `\\n` a new line) and `pattern` (what a piece
+      looks like).
     key: PRNG key of the parameters.
 
   Raises:
     ValueError: sizes that do not fit together, or a vocabulary that the
       pattern cannot cut.
   """
-  tokenizer = build_word_tokenizer(
-    shape["vocabulary"].split(), shape["pattern"]
-  )
+  pieces = [_NAMED.get(piece, piece) for piece in shape["vocabulary"].split()]
+  tokenizer = build_word_tokenizer(pieces, shape["pattern"])
   config_json = source_config(shape, tokenizer)
   config = families.from_hf(config_json)
   return Model(

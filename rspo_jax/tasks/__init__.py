@@ -3,7 +3,15 @@
 import difflib
 import functools
 
-from rspo_jax.tasks import base, countdown, gsm8k, math500, own, sudoku
+from rspo_jax.tasks import (
+  base,
+  countdown,
+  gsm8k,
+  gym,
+  math500,
+  own,
+  sudoku,
+)
 
 TASKS: dict[str, base.Task] = {
   task.name: task
@@ -16,14 +24,17 @@ def find(name: str, settings: own.RewardSettings | None = None) -> base.Task:
   """Returns a task by name.
 
   Args:
-    name: key of `TASKS`, or `module:function` (see `own`).
+    name: key of `TASKS`, `reasoning_gym:NAME` (see `gym`), or
+      `module:function` (see `own`).
     settings: of users' functions.
 
   Raises:
     ValueError: no such task; the nearest name is offered.
   """
   settings = settings or own.RewardSettings()
-  if ":" in name:
+  if name.startswith(gym.PREFIX):
+    task = gym.make_task(name, settings)
+  elif ":" in name:
     task = own.make_task(name, settings)
   elif name in TASKS:
     task = TASKS[name]
@@ -32,7 +43,7 @@ def find(name: str, settings: own.RewardSettings | None = None) -> base.Task:
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
       f"task.name={name!r} is not known; {hint}choose from"
-      f" {', '.join(sorted(TASKS))}, or module:function for a reward of your"
-      " own."
+      f" {', '.join(sorted(TASKS))}, {gym.PREFIX}NAME for a generator of"
+      " reasoning-gym, or module:function for a reward of your own."
     )
   return own.with_extra(task, settings) if settings.extra else task

@@ -12,7 +12,7 @@ import fractions
 import re
 from collections.abc import Mapping, Sequence
 
-from rspo_jax.datasets import files
+from rspo_jax.datasets import downloads, files
 from rspo_jax.tasks import answers, base, d1, prompts
 
 WEIGHTS = {"correct": 1.0, "format": 0.0}
@@ -190,13 +190,11 @@ def parse_row(row) -> base.Example:
 
 
 def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
-  """Loads a split of `settings.source`."""
+  """Loads a split of `settings.source`, or of the published files."""
   base.check_split(split)
   if not settings.source:
-    raise ValueError(
-      "gsm8k needs data.source=PATH, a JSONL file with question and answer;"
-      " write {split} in the path for one file a split."
-    )
+    path = downloads.fetch("gsm8k", split, settings.data_dir)
+    return files.load_split(str(path), split, parse_row)
   return files.load_split(settings.source, split, parse_row)
 
 

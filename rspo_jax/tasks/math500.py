@@ -11,10 +11,11 @@ import fractions
 import functools
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 
 from rspo_jax import workers
-from rspo_jax.datasets import files
+from rspo_jax.datasets import downloads, files
 from rspo_jax.tasks import answers, base, d1, prompts
 
 WEIGHTS = {"correct": 1.0, "format": 0.0}
@@ -232,31 +233,54 @@ def parse_row(row) -> base.Example:
   return example
 
 
-def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
-  """Loads a split of `settings.source`; every gold answer must be readable."""
-  base.check_split(split)
-  if not settings.source:
-    raise ValueError(
-      "math500 needs data.source=PATH, a JSONL file with problem and answer;"
-      " write {split} in the path for one file a split."
-    )
-  examples = files.load_split(settings.source, split, parse_row)
-  golds = {
-    example["ground_truth"]
-    for example in examples
-    if _plain_number(example["ground_truth"]) is None
-  }
-  golds = sorted(golds)
+def _unreadable(golds: Sequence[str]) -> dict[str, str]:
+  """The gold answers that no comparison could read, and why."""
+  golds = sorted({gold for gold in golds if _plain_number(gold) is None})
   # With nothing to read the workers still start, so that mistakes show now.
   outcomes = _ask([("readable", gold) for gold in golds or ["0"]])
-  for gold, outcome in zip(golds, outcomes, strict=bool(golds)):
-    if outcome.value is not True:
-      why = outcome.reason or "math-verify finds no expression in it"
-      raise ValueError(
-        f"data.source={settings.source}: the answer {gold[:80]!r} cannot be"
-        f" read ({why}); correct it or leave the row out."
-      )
-  return examples
+  return {
+    gold: outcome.reason or "math-verify finds no expression in it"
+    for gold, outcome in zip(golds, outcomes, strict=bool(golds))
+    if outcome.value is not True
+  }
+
+
+def _place(path: str, gold: str) -> str:
+  """File and line of the first row with a gold answer."""
+  for number, row in files.read_rows(path):
+    if parse_row(row)["ground_truth"] == gold:
+      return f"{path}:{number}"
+  return path
+
+
+def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
+  """Loads a split of `settings.source`, or of the published files.
+
+  Every gold answer of the caller's own file must be readable; of the published
+  training file those that are not are left out, and said.
+  """
+  base.check_split(split)
+  source = settings.source
+  path = source.replace("{split}", split)
+  if not source:
+    path = source = str(downloads.fetch("math500", split, settings.data_dir))
+  examples = files.load_split(source, split, parse_row)
+  bad = _unreadable([example["ground_truth"] for example in examples])
+  if not bad:
+    return examples
+  gold, why = next(iter(bad.items()))
+  if settings.source or split == "test":
+    raise ValueError(
+      f"{_place(path, gold)}: the answer {gold[:80]!r} cannot be read ({why});"
+      " correct it or leave the row out."
+    )
+  kept = [each for each in examples if each["ground_truth"] not in bad]
+  warnings.warn(
+    f"{path}: {len(examples) - len(kept)} of {len(examples)} rows are left out,"
+    f" whose answers cannot be read, such as {gold[:80]!r} ({why}).",
+    stacklevel=2,
+  )
+  return kept
 
 
 def difficulty(example: base.Example) -> str | None:

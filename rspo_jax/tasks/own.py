@@ -96,7 +96,8 @@ def verdict(outcome: workers.Outcome) -> base.Verdict:
   return base.Verdict(reward, correct, numbers | {"reward": reward}, reason)
 
 
-def _prompt(example: base.Example, style: str) -> str:
+def prompt(example: base.Example, style: str) -> str:
+  """Returns the row's prompt, in the words of a style where it has some."""
   base.check_style(style, STYLES)
   if style in prompts.STYLES:
     return prompts.question(example["prompt"], style)
@@ -168,7 +169,7 @@ def make_task(target: str, settings: RewardSettings) -> base.Task:
   return base.Task(
     target,
     load,
-    _prompt,
+    prompt,
     _demonstration,
     None,
     verify,
