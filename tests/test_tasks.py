@@ -513,6 +513,14 @@ class TestMath500:
       r"\boxed{99999!}",
       r"\boxed{(3!)!}",
       r"\boxed{2^{1000000}}",
+      r"\boxed{((2^{999})^{999})^{999}}",
+      r"\boxed{(a+b+c+d)^{300}}",
+      r"\boxed{x^{1000}-(x+1)^{1000}}",
+      r"\boxed{\left(\frac{1}{3}+x\right)^{999}}",
+      r"\boxed{\int_0^1 x^{99999} dx}",
+      r"\boxed{\prod_{n=1}^{99999} n}",
+      r"\boxed{\binom{99999999}{4999999}}",
+      "\\boxed{" + "- " * 500 + "5}",
       "<answer>" + "0.5 " * 1000 + "</answer>",
     ],
   )
@@ -525,7 +533,9 @@ class TestMath500:
     "answer",
     [
       "x^5-x^4+x^3", "e^{x^2}", "a^{b^{c}}", "2^{1994}", "10!", "e^{2\\pi i}",
-      "(x^2+1)^{3}", "7! \\times 2!", "x^{2^n}", "\\sqrt[3]{x^2}+y^2z^2",
+      "(x^2+1)^{3}", "\\binom{100}{50}", "(1.01)^{365}", "x^{2012}+1", "a - -b",
+      "2^{100} + 3^{100}", "\\sum_{k=1}^{100} k^2", "(-1)^{2n}",
+      "\\binom{2005}{3}", "7! \\times 2!", "x^{2^n}", "\\sqrt[3]{x^2}+y^2z^2",
     ],
   )  # fmt: skip
   def test_what_can_be_written_down_is_compared(self, answer):

@@ -31,6 +31,15 @@ _BARE_BOX = re.compile(r"\\boxed ([^$\n{}]{1,100})(?:\$|\n|\Z)")
 _FACTORIAL = re.compile(r"([0-9]+)[)}\s]*!")
 _MANY_FACTORIALS = re.compile(r"![)}\s]*!")
 _EXPONENT = re.compile(r"\^[{(\s]*-?([0-9]+)")
+# (x+1)^{999} is multiplied out, and so is a product of a thousand factors.
+_LARGE_POWER = re.compile(r"[)\]]\s*\^[{(\s]*-?[0-9]{3,}")
+_LARGE_EXPONENTS = re.compile(r"\^[{(\s]*-?[0-9]{3,}")
+_LARGE_ITERATION = re.compile(
+  r"\\(?:int|sum|prod|binom|tbinom|dbinom)(?![a-z])"
+)
+_LARGE_NUMBER = re.compile(r"[0-9]{5,}")
+_MANY_SIGNS = re.compile(r"(?:[-+]\s*){16}")
+_LETTER = re.compile(r"(?<!\\)\b[a-z]\b|[0-9)}][a-z]\b", re.IGNORECASE)
 _DIGITS_ONLY = re.compile(r"[{(\s]*[0-9]")
 _SPACE = re.compile(r"\s+|\\[,;!: ]")
 _NUMBER = re.compile(r"-?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?|\.[0-9]{1,40})")
@@ -107,6 +116,14 @@ def explodes(answer: str) -> bool:
   if _MANY_FACTORIALS.search(answer):
     return True
   if any(len(digits) > 5 for digits in _EXPONENT.findall(answer)):
+    return True
+  if _MANY_SIGNS.search(answer):
+    return True
+  if _LARGE_ITERATION.search(answer) and _LARGE_NUMBER.search(answer):
+    return True
+  if len(_LARGE_EXPONENTS.findall(answer)) > 2:
+    return True
+  if _LARGE_POWER.search(answer) and _LETTER.search(answer):
     return True
   # Exponents in exponents: more than two levels, or two that are all digits.
   exponents, depth = [], 0
