@@ -75,6 +75,15 @@ def get_config() -> ml_collections.ConfigDict:
   sampler.steps = 8  # T: denoising steps of all blocks together; 0: L
   sampler.algorithm = "llada"  # key of rspo_jax.sampler.ALGORITHMS
   sampler.remasking = "low_confidence"  # key of rspo_jax.sampler.REMASKING
+  sampler.cache = "none"  # none | prefix | dual: keys and values that a block's
+  #                         later steps read instead of computing them
+  sampler.threshold = 0.0  # commit all that are at least this probable; 0: off
+  sampler.factor = 0.0  # commit rank r while p >= 1 - factor / (r + 2); 0: off
+  sampler.stop_at_eos = False  # nothing more is sampled behind a first EOS
+  sampler.cfg_scale = 0.0  # classifier-free guidance; 0: off
+  sampler.top_p = 1.0  # nucleus of Dream's algorithms; 1: all
+  sampler.top_k = 0  # best tokens kept by Dream's algorithms; 0: all
+  sampler.order_temperature = 0.0  # of the order of Dream's positions; 0: best
 
   config.likelihood = likelihood = ml_collections.ConfigDict()
   likelihood.scheme = "complementary"  # key of rspo_jax.likelihood.ESTIMATORS

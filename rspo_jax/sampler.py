@@ -39,80 +39,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-CACHES = ("none", "prefix", "dual")
-MASK_POLICIES = ("forbid", "compete")
+from rspo_jax.sampler_settings import SamplerSettings, check_call, validate
+
+# More steps than an adaptive block can take.
+MAX_STEPS = 2**16
 
 # Streams of draws: tokens and positions never share bits.
 TOKENS, POSITIONS = 0, 1
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplerSettings:
-  """How a completion is sampled; static under jit.
-
-  Attributes:
-    completion_length: L, positions of the canvas that belong to the
-      completion (its last ones).
-    block_length: positions of a block, divides L.
-    steps: T, forwards of all blocks together, a multiple of their number.
-    temperature: of the token draws; 0 is greedy.
-    remasking: key of `REMASKING`, the confidence that orders positions.
-    algorithm: key of `ALGORITHMS`.
-    cfg_scale: w of classifier-free guidance, 0 is off.
-    top_p, top_k: filters of Dream's algorithms, None is off.
-    cache: "none", "prefix" or "dual".
-    threshold: commit every position at least this confident; `steps` then
-      bounds nothing.
-    factor: commit rank r while its confidence is >= 1 - factor / (r + 2).
-    stop_at_eos: a row ends at its first EOS with nothing masked before it;
-      the positions after it are filled with EOS and cost nothing more once
-      every row has ended or is full.
-    mask_policy: "forbid": the mask token is never placed and only masks of
-      the current block are filled, so a completion is full at the end.
-      "compete", as the reference programs do: masks anywhere before the
-      block's end compete for the step's quota, and a position whose best
-      token is the mask stays masked.
-    time_epsilon: smallest time of Dream's schedule.
-    order_temperature: Dream's positions are drawn from
-      softmax(confidence / order_temperature); 0 takes the best.
-    logits_eos_inf: EOS is never proposed.
-    confidence_eos_eot_inf: proposals of EOS and EoT get confidence 0 (above
-      temperature 0 only EoT, as in LLaDA's program).
-  """
-
-  completion_length: int
-  block_length: int
-  steps: int
-  temperature: float = 0.0
-  remasking: str = "low_confidence"
-  algorithm: str = "llada"
-  cfg_scale: float = 0.0
-  top_p: float | None = None
-  top_k: int | None = None
-  cache: str = "none"
-  threshold: float | None = None
-  factor: float | None = None
-  stop_at_eos: bool = False
-  mask_policy: str = "forbid"
-  time_epsilon: float = 1e-3
-  order_temperature: float = 0.0
-  logits_eos_inf: bool = False
-  confidence_eos_eot_inf: bool = False
-
-  @property
-  def blocks(self) -> int:
-    """Number of blocks."""
-    return self.completion_length // self.block_length
-
-  @property
-  def block_steps(self) -> int:
-    """Steps of one block."""
-    return self.steps // self.blocks
-
-  @property
-  def adaptive(self) -> bool:
-    """Whether confidence decides how many positions a step commits."""
-    return self.threshold is not None or self.factor is not None
 
 
 @struct.dataclass
@@ -563,6 +496,10 @@ class _Denoiser:
     self.given = canvas != ids.mask
     self.denoise_fn = denoise_fn
     self.competes = settings.mask_policy == "compete"
+    # LLaDA's fixed schedule runs all its steps; the others stop when full.
+    self.until_full = (
+      settings.cache != "none" or settings.adaptive or settings.stop_at_eos
+    )
     # A forward that fills nothing but masks would repeat itself for ever:
     # each round of an adaptive block fills a position, so this many suffice.
     most = self.length if self.competes else settings.block_length
@@ -618,6 +555,11 @@ class _Denoiser:
     now = jax.lax.dynamic_slice_in_dim(state.tokens, start, window, 1)
     places = start + jnp.arange(window)
     eligible = (now == self.ids.mask) & (places < end)  # [n, W]
+    if self.until_full:
+      # A row waits for the others as it would have stopped alone: masks of
+      # its prompt must not profit from their steps.
+      going = self.going(state.tokens, end - settings.block_length)
+      eligible = eligible & going[:, None]
     draws = self.draws(state.calls, draw_step, start, eligible)
     token, confidence = self.algorithm.propose(
       logits, settings, self.ids, draws
@@ -654,9 +596,11 @@ class _Denoiser:
     settings = self.settings
     start = self.prompt_length + block * settings.block_length
     end = start + settings.block_length
-    draw_step = block * self.limit + step
     done = state.forwards + self.share(cache, start)
     state = state.replace(forwards=done)
+    # `limit` of an adaptive block grows with the padding, a draw must not.
+    stride = MAX_STEPS if settings.adaptive else settings.block_steps
+    draw_step = block * stride + step
 
     def over(state, first, length):
       logits, filled = self.logits(state.tokens, cache, first, length)
@@ -683,13 +627,16 @@ class _Denoiser:
     masks = jnp.cumsum(completion == self.ids.mask, axis=1)
     return jnp.any((completion == self.ids.eos) & (masks == 0), axis=1)
 
-  def unfilled(self, state, block):
-    """Whether a row that goes on has masks in the block: bool []."""
+  def going(self, tokens, start):
+    """Rows with masks in the block at `start` that have not ended: bool [n]."""
     length = self.settings.block_length
-    start = self.prompt_length + block * length
-    now = jax.lax.dynamic_slice_in_dim(state.tokens, start, length, 1)
-    masked = jnp.any(now == self.ids.mask, axis=1)
-    return jnp.any(masked & ~self.ended(state.tokens))
+    now = jax.lax.dynamic_slice_in_dim(tokens, start, length, 1)
+    return jnp.any(now == self.ids.mask, axis=1) & ~self.ended(tokens)
+
+  def unfilled(self, state, block):
+    """Whether any row goes on in the block: bool []."""
+    start = self.prompt_length + block * self.settings.block_length
+    return jnp.any(self.going(state.tokens, start))
 
   def run_block(self, state, block, step):
     """All steps of one block from `step` on."""
@@ -705,13 +652,11 @@ class _Denoiser:
       first, step = step + 1, step + 1
     else:
       cache = None
-    # LLaDA's fixed schedule runs all its steps; the others stop when full.
-    until_full = cached or settings.adaptive or settings.stop_at_eos
 
     def goes_on(carry):
       step, state = carry
       more = step < self.limit
-      if not until_full:
+      if not self.until_full:
         return more
       unfilled = self.unfilled(state, block)
       if cached:
@@ -831,189 +776,3 @@ def denoise(
     rows,
   )
   return denoiser.run(canvas.astype(jnp.int32), first_block, first_step)
-
-
-# --- Checks, before anything compiles ---------------------------------------
-
-
-def _require(condition: bool, message: str) -> None:
-  """Raises ValueError with the message unless the condition holds."""
-  if not condition:
-    raise ValueError(message)
-
-
-def _one_of(name: str, value, choices) -> None:
-  """Raises unless value is one of the choices, which it names."""
-  known = ", ".join(choices)
-  _require(
-    value in choices, f"sampler.{name}={value!r} must be one of {known}."
-  )
-
-
-def validate(settings: SamplerSettings) -> None:
-  """Checks settings against each other.
-
-  Raises:
-    ValueError: naming the value and what to use instead.
-  """
-  s = settings
-  for name in ("completion_length", "block_length", "steps"):
-    value = getattr(s, name)
-    _require(
-      isinstance(value, int | np.integer) and value >= 1,
-      f"sampler.{name}={value!r} must be a whole number of at least 1.",
-    )
-  if s.completion_length % s.block_length:
-    near = [
-      d
-      for d in range(1, s.completion_length + 1)
-      if s.completion_length % d == 0
-    ]
-    near = sorted(near, key=lambda d: abs(d - s.block_length))[:2]
-    raise ValueError(
-      f"sampler.block_length={s.block_length} must divide "
-      f"completion_length={s.completion_length}; use "
-      f"{' or '.join(map(str, sorted(near)))}."
-    )
-  if s.steps % s.blocks:
-    below = s.steps // s.blocks * s.blocks
-    options = [below, below + s.blocks] if below else [s.blocks]
-    raise ValueError(
-      f"sampler.steps={s.steps} must be a multiple of "
-      f"completion_length/block_length={s.blocks}; use "
-      f"{' or '.join(map(str, options))}."
-    )
-  _one_of("algorithm", s.algorithm, ALGORITHMS)
-  _one_of("remasking", s.remasking, REMASKING)
-  _one_of("cache", s.cache, CACHES)
-  _one_of("mask_policy", s.mask_policy, MASK_POLICIES)
-  for name in ("temperature", "cfg_scale", "order_temperature"):
-    value = getattr(s, name)
-    _require(
-      0 <= value < float("inf"),
-      f"sampler.{name}={value} must be 0 or more and finite.",
-    )
-  _require(
-    0 < s.time_epsilon < 1,
-    f"sampler.time_epsilon={s.time_epsilon} must lie between 0 and 1; "
-    "Dream uses 0.001.",
-  )
-  _validate_algorithm(s)
-  _validate_adaptive(s)
-  _require(
-    s.cache == "none" or s.cfg_scale == 0,
-    f"sampler.cache={s.cache!r} does not work with cfg_scale={s.cfg_scale}; "
-    "use cache='none' or cfg_scale=0.",
-  )
-
-
-def _validate_algorithm(s: SamplerSettings) -> None:
-  """Options that only LLaDA's, or only Dream's, algorithms have."""
-  if s.algorithm == "llada":
-    for name in ("top_p", "top_k"):
-      value = getattr(s, name)
-      _require(
-        value is None,
-        f"sampler.{name}={value} needs one of Dream's algorithms; use None, "
-        "or algorithm='maskgit_plus'.",
-      )
-    _require(
-      s.order_temperature == 0,
-      f"sampler.order_temperature={s.order_temperature} needs one of Dream's "
-      "algorithms; use 0.",
-    )
-  else:
-    wrong = {
-      "remasking": s.remasking != "low_confidence",
-      "logits_eos_inf": s.logits_eos_inf,
-      "confidence_eos_eot_inf": s.confidence_eos_eot_inf,
-    }
-    for name, given in wrong.items():
-      _require(
-        not given,
-        f"sampler.{name}={getattr(s, name)!r} needs algorithm='llada', not "
-        f"{s.algorithm!r}.",
-      )
-    if s.top_p is not None:
-      _require(
-        0 < s.top_p <= 1,
-        f"sampler.top_p={s.top_p} must lie in (0, 1]; use None to keep all.",
-      )
-    if s.top_k is not None:
-      _require(
-        s.top_k >= 1,
-        f"sampler.top_k={s.top_k} must be at least 1; use None to keep all.",
-      )
-
-
-def _validate_adaptive(s: SamplerSettings) -> None:
-  """Threshold and factor."""
-  for name in ("threshold", "factor"):
-    value = getattr(s, name)
-    if value is None:
-      continue
-    _require(
-      s.algorithm == "llada",
-      f"sampler.{name}={value} needs algorithm='llada'; "
-      f"{s.algorithm!r} has its own schedule: use {name}=None.",
-    )
-    _require(
-      value > 0, f"sampler.{name}={value} must be positive; use None for off."
-    )
-    _require(
-      s.remasking == "low_confidence",
-      f"sampler.{name}={value} compares probabilities; use "
-      f"remasking='low_confidence', not {s.remasking!r}.",
-    )
-  _require(
-    s.threshold is None or s.factor is None,
-    f"sampler.threshold={s.threshold} and factor={s.factor} exclude each "
-    "other; set one of them to None.",
-  )
-  _require(
-    s.threshold is None or s.threshold <= 1,
-    f"sampler.threshold={s.threshold} is a probability; use a value in "
-    "(0, 1], such as 0.9.",
-  )
-
-
-def check_call(
-  settings: SamplerSettings,
-  canvas_shape: tuple[int, ...],
-  eos_id: int | None = None,
-  eot_id: int | None = None,
-  first_block: int = 0,
-  first_step: int = 0,
-) -> None:
-  """Checks valid settings against what `denoise` is called with.
-
-  Raises:
-    ValueError: naming the value and what to use instead.
-  """
-  s = settings
-  _require(
-    len(canvas_shape) == 2 and canvas_shape[1] >= s.completion_length,
-    f"a canvas of shape {tuple(canvas_shape)} cannot hold "
-    f"sampler.completion_length={s.completion_length}; pass [n, prompt + "
-    f"{s.completion_length}].",
-  )
-  # Inside a compiled function they may be traced: the caller's business.
-  known = all(
-    isinstance(x, int | np.integer) for x in (first_block, first_step)
-  )
-  _require(
-    not known
-    or (0 <= first_block < s.blocks and 0 <= first_step < s.block_steps),
-    f"first_block={first_block}, first_step={first_step} must lie inside the "
-    f"schedule of {s.blocks} blocks with {s.block_steps} steps each.",
-  )
-  needs_eos = s.stop_at_eos or s.logits_eos_inf or s.confidence_eos_eot_inf
-  _require(
-    eos_id is not None or not needs_eos,
-    "stop_at_eos, logits_eos_inf and confidence_eos_eot_inf need eos_id; the "
-    "checkpoint's config.json names it.",
-  )
-  _require(
-    eot_id is not None or not s.confidence_eos_eot_inf,
-    "confidence_eos_eot_inf needs eot_id, the end-of-turn token's id.",
-  )

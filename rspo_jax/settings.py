@@ -15,7 +15,8 @@ import pathlib
 import tempfile
 from typing import Any
 
-from rspo_jax import mirror
+from rspo_jax import mirror, sampler_settings
+from rspo_jax.sampler_settings import SamplerSettings
 
 EMBEDDED = "embedded:"
 CONFIG = "config.json"
@@ -50,13 +51,13 @@ class Evaluation:
   Attributes:
     name: what tells it from the others, part of its files' names; "" where
       there is one only.
-    greedy, sampled: sampler.SamplerSettings.
+    greedy, sampled: at temperature 0 and at eval.temperature.
     seed: of its random stream.
   """
 
   name: str
-  greedy: Any
-  sampled: Any
+  greedy: SamplerSettings
+  sampled: SamplerSettings
   seed: int
 
 
@@ -87,9 +88,9 @@ class Settings:
   prompt_length: int
   corrupt_share: float
   rollout: RolloutSettings
-  sampler: Any  # sampler.SamplerSettings of training rollouts
-  greedy: Any  # of eval/accuracy
-  sampled: Any  # of eval/accuracy_sampled
+  sampler: SamplerSettings  # of training rollouts
+  greedy: SamplerSettings  # of eval/accuracy
+  sampled: SamplerSettings  # of eval/accuracy_sampled
   likelihood: Any  # likelihood.LikelihoodSettings
   objective: Any  # objectives.ObjectiveSettings
   normalize_advantages: bool
@@ -147,6 +148,10 @@ _NOT_NEGATIVE = (
   "eval.completion_length",
   "eval.block_length",
   "eval.steps",
+  "sampler.factor",
+  "sampler.cfg_scale",
+  "sampler.top_k",
+  "sampler.order_temperature",
   "run.seed",
   "run.samples_every",
   "run.profile",
@@ -157,6 +162,8 @@ _RANGES = {
   "data.corrupt_share": (0.0, 1.0, True),
   "objective.bound_mix": (0.0, 1.0, True),
   "likelihood.prompt_mask": (0.0, 1.0, False),
+  "sampler.threshold": (0.0, 1.0, True),
+  "sampler.top_p": (0.0, 1.0, True),
   "optimizer.final_share": (0.0, 1.0, True),
   "optimizer.b1": (0.0, 1.0, False),
   "optimizer.b2": (0.0, 1.0, False),
@@ -220,6 +227,7 @@ def check_values(config) -> None:
       f"{config.run.steps}: the first step compiles and is left out."
     )
   trackers.names(config.run.logger)
+  _check_sampling(config)
   if config.data.source:
     from rspo_jax.datasets import published
 
@@ -243,6 +251,77 @@ def _check_model(config) -> None:
     resolve_model_path(config.model.path)
   else:
     _check_new_model(config.model.new)
+
+
+def _sampler(
+  config, length, block, steps, temperature, group
+) -> SamplerSettings:
+  """The sampler's options at a length; errors name the keys of the group."""
+  keys = config.sampler
+  result = SamplerSettings(
+    completion_length=length,
+    block_length=block,
+    steps=steps,
+    temperature=float(temperature),
+    remasking=keys.remasking,
+    algorithm=keys.algorithm,
+    cfg_scale=keys.cfg_scale,
+    # 1 and 0 keep every token, 0 switches off: no key is ever null.
+    top_p=None if keys.top_p == 1 else keys.top_p,
+    top_k=keys.top_k or None,
+    cache=keys.cache,
+    threshold=keys.threshold or None,
+    factor=keys.factor or None,
+    stop_at_eos=keys.stop_at_eos,
+    order_temperature=keys.order_temperature,
+  )
+  try:
+    sampler_settings.validate(result)
+  except ValueError as error:
+    # Evaluation has keys of its own for these.
+    text = str(error)
+    for key in ("completion_length", "block_length", "steps"):
+      text = text.replace(f"sampler.{key}", f"{group}.{key}")
+    raise ValueError(text) from error
+  return result
+
+
+def rollout_sampler(config) -> SamplerSettings:
+  """How training rollouts are sampled."""
+  keys = config.sampler
+  steps = keys.steps or keys.completion_length
+  shape = (keys.completion_length, keys.block_length, steps)
+  return _sampler(config, *shape, config.rollout.temperature, "sampler")
+
+
+def eval_sampler(config, length: int, temperature: float) -> SamplerSettings:
+  """How an evaluation at a completion length samples."""
+  keys, own = config.sampler, config.eval
+  block = own.block_length or min(keys.block_length, length)
+  most = keys.steps or keys.completion_length
+  steps = own.steps or max(1, most * length // keys.completion_length)
+  return _sampler(config, length, block, steps, temperature, "eval")
+
+
+def _check_sampling(config) -> None:
+  """Names of the sampler's choices, and what they exclude."""
+  keys = config.sampler
+  _one_of("sampler.algorithm", keys.algorithm, sampler_settings.ALGORITHMS)
+  _one_of("sampler.remasking", keys.remasking, sampler_settings.REMASKING)
+  _one_of("sampler.cache", keys.cache, sampler_settings.CACHES)
+  rollout_sampler(config)
+  own_length = config.eval.completion_length or keys.completion_length
+  eval_sampler(config, own_length, config.eval.temperature)
+  if (
+    keys.stop_at_eos
+    and config.likelihood.scope == "canvas"
+    and config.objective.name != "sft"
+  ):
+    raise ValueError(
+      "sampler.stop_at_eos=True leaves what follows a first EOS unsampled, but "
+      "likelihood.scope='canvas' scores it; use likelihood.scope='completion', "
+      "or sampler.stop_at_eos=False."
+    )
 
 
 def _check_new_model(new) -> None:
@@ -315,7 +394,6 @@ def build(config, devices: int, planning: bool = False) -> Settings:
   from rspo_jax import (
     likelihood,
     objectives,
-    sampler,
     sharding,
     tasks,
     train_step,
@@ -337,8 +415,6 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     _one_of(f"objective.{key}", config.objective[key], allowed)
   _one_of("likelihood.scheme", config.likelihood.scheme, likelihood.ESTIMATORS)
   _one_of("likelihood.scope", config.likelihood.scope, likelihood.SCOPES)
-  _one_of("sampler.algorithm", config.sampler.algorithm, sampler.ALGORITHMS)
-  _one_of("sampler.remasking", config.sampler.remasking, sampler.REMASKING)
   _one_of("train.passes", config.train.passes, train_step.PASSES)
   _one_of("optimizer.schedule", config.optimizer.schedule, train_step.SCHEDULES)
 
@@ -383,42 +459,9 @@ def build(config, devices: int, planning: bool = False) -> Settings:
       f"{', '.join(EMBEDDED + name for name in embedded_names())}."
     )
 
-  def sampler_settings(length, block, steps, temperature, group="sampler"):
-    settings = sampler.SamplerSettings(
-      completion_length=length,
-      block_length=block,
-      steps=steps,
-      temperature=temperature,
-      remasking=config.sampler.remasking,
-      algorithm=config.sampler.algorithm,
-    )
-    try:
-      sampler.validate(settings)
-    except ValueError as error:
-      # Evaluation has keys of its own for these.
-      text = str(error)
-      for key in ("completion_length", "block_length", "steps"):
-        text = text.replace(f"sampler.{key}", f"{group}.{key}")
-      raise ValueError(text) from error
-    return settings
-
-  train_length = config.sampler.completion_length
-  train_steps = config.sampler.steps or train_length
-  train_sampler = sampler_settings(
-    train_length,
-    config.sampler.block_length,
-    train_steps,
-    config.rollout.temperature,
+  eval_length = (
+    config.eval.completion_length or config.sampler.completion_length
   )
-
-  def eval_sampler(length, temperature):
-    block = config.eval.block_length or min(config.sampler.block_length, length)
-    steps = config.eval.steps or max(1, train_steps * length // train_length)
-    return sampler_settings(length, block, steps, temperature, "eval")
-
-  eval_length = config.eval.completion_length or train_length
-  greedy = eval_sampler(eval_length, 0.0)
-  sampled = eval_sampler(eval_length, config.eval.temperature)
   shape = sharding.mesh_shape(
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
   )
@@ -518,9 +561,9 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     prompt_length=config.data.prompt_length,
     corrupt_share=config.data.corrupt_share,
     rollout=RolloutSettings(**config.rollout.to_dict()),
-    sampler=train_sampler,
-    greedy=greedy,
-    sampled=sampled,
+    sampler=rollout_sampler(config),
+    greedy=eval_sampler(config, eval_length, 0.0),
+    sampled=eval_sampler(config, eval_length, config.eval.temperature),
     likelihood=mask_settings,
     objective=objective,
     normalize_advantages=config.objective.normalize_advantages,
@@ -538,7 +581,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
       samples=config.eval.samples,
       d1_files=config.eval.d1_files,
     ),
-    evaluations=_evaluations(config, eval_length, eval_sampler),
+    evaluations=_evaluations(config, eval_length),
     run=RunSettings(**config.run.to_dict()),
   )
 
@@ -576,14 +619,12 @@ def _sampler_changes(text: str) -> dict[str, Any]:
   Raises:
     ValueError: names the part that is not known.
   """
-  from rspo_jax import sampler
-
   names = {
     name: field
     for field, table in (
-      ("algorithm", sampler.ALGORITHMS),
-      ("remasking", sampler.REMASKING),
-      ("cache", sampler.CACHES),
+      ("algorithm", sampler_settings.ALGORITHMS),
+      ("remasking", sampler_settings.REMASKING),
+      ("cache", sampler_settings.CACHES),
     )
     for name in table
   }
@@ -609,16 +650,13 @@ def _sampler_changes(text: str) -> dict[str, Any]:
   return changes
 
 
-def _evaluations(config, length: int, at_length) -> tuple[Evaluation, ...]:
+def _evaluations(config, length: int) -> tuple[Evaluation, ...]:
   """The evaluations of --mode=eval: lengths x samplers x seeds.
 
   Args:
     config: the config.
     length: completion length where no list says otherwise.
-    at_length: (length, temperature) -> SamplerSettings.
   """
-  from rspo_jax import sampler
-
   e = config.eval
   lengths = _listed(
     "eval.completion_lengths",
@@ -634,13 +672,13 @@ def _evaluations(config, length: int, at_length) -> tuple[Evaluation, ...]:
   for own_length, spec, seed in itertools.product(
     lengths or [length], specs or [""], seeds or [config.run.seed]
   ):
-    pair = [at_length(own_length, t) for t in (0.0, e.temperature)]
+    pair = [eval_sampler(config, own_length, t) for t in (0.0, e.temperature)]
     if spec:
       try:
         changes = _sampler_changes(spec)
         pair = [dataclasses.replace(one, **changes) for one in pair]
         for one in pair:
-          sampler.validate(one)
+          sampler_settings.validate(one)
       except ValueError as error:
         raise ValueError(f"eval.samplers={spec!r}: {error}") from error
     name = "-".join([spec] * bool(specs) + [f"seed{seed}"] * bool(seeds))

@@ -15,6 +15,7 @@ LEVELS = {
   "rspo_jax.masks": 0,
   "rspo_jax.likelihood": 0,
   "rspo_jax.sampler": 0,
+  "rspo_jax.sampler_settings": 0,
   "rspo_jax.sharding": 0,
   "rspo_jax.scores": 0,
   "rspo_jax.metrics": 0,
@@ -90,6 +91,7 @@ PURE = (
   "rspo_jax.masks",
   "rspo_jax.likelihood",
   "rspo_jax.sampler",
+  "rspo_jax.sampler_settings",
   "rspo_jax.models.families",
   "rspo_jax.models.published",
   "rspo_jax.models.transformer",
@@ -200,6 +202,7 @@ def test_pure_modules_only_compute(name):
 
 def test_a_command_waits_for_jax_as_late_as_it_can():
   light = {"rspo_jax", "rspo_jax.main", "rspo_jax.mirror", "rspo_jax.settings"}
+  light |= {"rspo_jax.sampler_settings"}
   heavy = {"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets"}
   for name in light:
     for node in ast.parse(SOURCES[name].read_text()).body:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rspo_jax import sampler
+from rspo_jax import sampler, sampler_settings
 from rspo_jax.models import families, hf_weights, transformer
 
 MASK, EOS, EOT, VOCAB = 29, 28, 27, 30
@@ -433,6 +433,35 @@ def test_adaptive_rows_finish_by_themselves(options, temperature):
     calls.append(int(alone.denoiser_calls))
   assert max(calls) <= int(together.denoiser_calls) <= 12
   assert min(calls) < 12
+
+
+@pytest.mark.parametrize("options", [{"threshold": 0.25}, {"factor": 1.2}])
+def test_masks_of_a_prompt_do_not_profit_from_slower_rows(options):
+  canvas = canvas_of(rows=5)
+  canvas[:, 1:4] = MASK
+  settings = settings_of(mask_policy="compete", **options)
+  together = denoise(canvas, settings)
+  left = []
+  for row in range(5):
+    alone = denoise(canvas[row : row + 1], settings, rows=np.array([row]))
+    np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+    left.append(int((alone.tokens == MASK).sum()))
+  assert len(set(left)) > 1, "rows should end with other numbers of masks"
+
+
+def test_left_padding_changes_no_sample_of_adaptive_rows():
+  canvas = canvas_of(rows=2)
+  settings = settings_of(mask_policy="compete", temperature=1.0, threshold=0.3)
+  padded = np.pad(canvas, ((0, 0), (4, 0)), constant_values=EOS)
+  mask = np.pad(np.ones(canvas.shape, bool), ((0, 0), (4, 0)))
+  plain = denoise(canvas, settings)
+  out = denoise(padded, settings, token_mask=mask)
+  np.testing.assert_array_equal(out.tokens[:, 4:], plain.tokens)
+
+
+def test_the_names_of_the_settings_are_those_that_are_implemented():
+  assert set(sampler_settings.ALGORITHMS) == set(sampler.ALGORITHMS)
+  assert set(sampler_settings.REMASKING) == set(sampler.REMASKING)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 
 import pytest
 
@@ -66,6 +67,61 @@ def test_steps_of_an_evaluation_follow_its_length(
   ):
     found = sampler.completion_length, sampler.block_length, sampler.steps
     assert found == expected
+
+
+def test_fast_rollouts_reach_training_and_evaluation(config):
+  assert settings.build(config, 1).sampler.cache == "none"
+  config.sampler.cache = "dual"
+  config.sampler.threshold = 0.9
+  config.sampler.stop_at_eos = True
+  built = settings.build(config, 1)
+  for found in (built.sampler, built.greedy, built.sampled):
+    assert (found.cache, found.threshold, found.factor) == ("dual", 0.9, None)
+    assert found.stop_at_eos and found.top_p is found.top_k is None
+  config.sampler.cache, config.sampler.threshold = "none", 0.0
+  config.sampler.algorithm, config.sampler.top_p = "entropy", 0.9
+  config.sampler.top_k, config.sampler.order_temperature = 7, 0.5
+  config.sampler.cfg_scale = 0.5
+  found = settings.build(config, 1).sampler
+  assert (found.top_p, found.top_k, found.order_temperature) == (0.9, 7, 0.5)
+  assert found.threshold is None and found.cfg_scale == 0.5
+
+
+@pytest.mark.parametrize(
+  ("keys", "message"),
+  [
+    ({"cache": "full"}, "sampler.cache='full' .* dual, none, prefix"),
+    ({"cache": "dual", "cfg_scale": 1.0}, "cache='dual' does not work with"),
+    ({"threshold": 0.9, "factor": 1.0}, "exclude each other"),
+    ({"threshold": 1.5}, "sampler.threshold=1.5 must lie in"),
+    ({"threshold": 0.9, "algorithm": "entropy"}, "has its own schedule"),
+    ({"threshold": 0.9, "remasking": "random"}, "compares probabilities"),
+    ({"top_k": 5}, "top_k=5 needs one of Dream's"),
+    ({"top_k": -1}, "top_k=-1 must not be negative"),
+    ({"algorithm": "origin", "top_p": 0.0}, "top_p=0.0 must lie in"),
+    ({"order_temperature": 1.0}, "order_temperature=1.0 needs one of Dream's"),
+    ({"steps": 3}, "sampler.steps=3 must be a multiple"),
+  ],
+)
+def test_rollouts_that_cannot_be_are_refused_without_jax(
+  config, keys, message, monkeypatch
+):
+  # An import of JAX would fail here.
+  monkeypatch.setitem(sys.modules, "jax", None)
+  config.sampler.block_length = 8
+  for key, value in keys.items():
+    config.sampler[key] = value
+  with pytest.raises(ValueError, match=message):
+    settings.check_values(config)
+
+
+def test_what_was_not_sampled_is_not_scored(config):
+  config.sampler.stop_at_eos = True
+  config.likelihood.scope = "canvas"
+  with pytest.raises(ValueError, match=r"stop_at_eos=True.*scope='completion'"):
+    settings.check_values(config)
+  config.likelihood.scope = "completion"
+  settings.check_values(config)
 
 
 def test_a_batch_must_be_divisible_by_the_devices_that_share_it(config):
