@@ -61,6 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
   #                   test; NAME:PATH is a published test file by name
   #                   (rspo_jax/datasets/published.py)
   data.prompt_length = 7  # P: static, shorter prompts are left-padded
+  data.long_prompts = "refuse"  # refuse | keep_tail: a prompt of more tokens
   data.corrupt_share = 0.0  # demonstrations replaced by mixed-quality ones
   #                           (supervised runs)
 

@@ -43,11 +43,13 @@ class PromptBatch:
     tokens: i32 [b, P], padded on the left.
     mask: bool [b, P], False on padding.
     examples: the b examples.
+    cut: bool [b], of which only the tail is there.
   """
 
   tokens: np.ndarray
   mask: np.ndarray
   examples: list[base.Example]
+  cut: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,12 +61,14 @@ class DemonstrationBatch:
     mask: bool [b, P], False on padding.
     completion: i32 [b, L], filled up with EOS.
     corrupt: bool [b], which demonstrations are of mixed quality.
+    cut: bool [b], of whose prompts only the tail is there.
   """
 
   tokens: np.ndarray
   mask: np.ndarray
   completion: np.ndarray
   corrupt: np.ndarray
+  cut: np.ndarray
 
 
 def load_examples(
@@ -118,9 +122,14 @@ class Prompts:
     encode: text -> token ids.
     prompt_length: P, the budget.
     pad_id: fills the left of shorter prompts.
+    long_prompts: "refuse" a prompt longer than the budget, or "keep_tail" of
+      it: the question, which stands at the end.
+
+  Attributes:
+    cut: bool [n], the prompts tokenised so far that lost their beginning.
 
   Raises:
-    DataError: a prompt longer than the budget.
+    DataError: a prompt longer than the budget that is to be refused.
   """
 
   def __init__(
@@ -130,8 +139,11 @@ class Prompts:
     encode: Callable[[str], Sequence[int]],
     prompt_length: int,
     pad_id: int,
+    long_prompts: str = "refuse",
   ):
     self.examples = examples
+    self.cut = np.zeros(len(examples), bool)
+    self._keep_tail = long_prompts == "keep_tail"
     self._prompt = prompt
     self._encode = encode
     self._tokens = np.full((len(examples), prompt_length), pad_id, np.int32)
@@ -155,11 +167,15 @@ class Prompts:
       raise DataError(f"prompt {row}, {text[:60]!r}: {error}") from error
     budget = self._tokens.shape[1]
     if len(ids) > budget:
-      raise DataError(
-        f"prompt {row} has {len(ids)} tokens, more than"
-        f" data.prompt_length={budget}; set that to at least {len(ids)} or drop"
-        f" the example. It begins {text[:60]!r}."
-      )
+      if not self._keep_tail:
+        raise DataError(
+          f"prompt {row} has {len(ids)} tokens, more than"
+          f" data.prompt_length={budget}; set that to at least {len(ids)}, drop"
+          " the example, or set data.long_prompts=keep_tail. It begins"
+          f" {text[:60]!r}."
+        )
+      self.cut[row] = True
+      ids = ids[-budget:]
     if len(ids):
       self._tokens[row, -len(ids) :] = ids
     self._length[row] = len(ids)
@@ -351,6 +367,7 @@ def prompt_batches(
   *,
   prompt_length: int,
   pad_id: int,
+  long_prompts: str = "refuse",
   **placement,
 ) -> Batches:
   """Returns batches of prompts for rollouts.
@@ -363,6 +380,7 @@ def prompt_batches(
     seed: of the order.
     prompt_length: P.
     pad_id: fills the left of shorter prompts.
+    long_prompts: as in `Prompts`.
     **placement: start_step, process_index, process_count and shuffle of
       `Batches`.
 
@@ -373,9 +391,12 @@ def prompt_batches(
   def make(prompts, indices, positions):
     del positions
     tokens, mask = prompts.rows(indices)
-    return PromptBatch(tokens, mask, [examples[i] for i in indices.tolist()])
+    picked = [examples[i] for i in indices.tolist()]
+    return PromptBatch(tokens, mask, picked, prompts.cut[indices])
 
-  prompts = Prompts(examples, prompt, encode, prompt_length, pad_id)
+  prompts = Prompts(
+    examples, prompt, encode, prompt_length, pad_id, long_prompts
+  )
   return Batches(prompts, make, batch_size, seed, **placement)
 
 
@@ -385,7 +406,8 @@ def encode_prompts(
   encode: Callable[[str], Sequence[int]],
   prompt_length: int,
   pad_id: int,
-) -> tuple[np.ndarray, np.ndarray]:
+  long_prompts: str = "refuse",
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Tokenises all prompts in the order given (evaluation).
 
   Args:
@@ -394,15 +416,19 @@ def encode_prompts(
     encode: text -> token ids.
     prompt_length: P.
     pad_id: fills the left of shorter prompts.
+    long_prompts: as in `Prompts`.
 
   Returns:
-    tokens i32 [n, P] and mask bool [n, P], False on padding.
+    tokens i32 [n, P], mask bool [n, P], False on padding, and bool [n], True
+    where only the tail of a prompt was kept.
 
   Raises:
-    DataError: a prompt longer than P.
+    DataError: a prompt longer than P that is to be refused.
   """
-  prompts = Prompts(examples, prompt, encode, prompt_length, pad_id)
-  return prompts.rows(np.arange(len(examples)))
+  prompts = Prompts(
+    examples, prompt, encode, prompt_length, pad_id, long_prompts
+  )
+  return *prompts.rows(np.arange(len(examples))), prompts.cut
 
 
 def demonstration_batches(
@@ -418,6 +444,7 @@ def demonstration_batches(
   pad_id: int,
   eos_id: int,
   corrupt_share: float = 0.0,
+  long_prompts: str = "refuse",
   **placement,
 ) -> Batches:
   """Returns batches of demonstrations for supervised training.
@@ -437,6 +464,7 @@ def demonstration_batches(
     pad_id: fills the left of shorter prompts.
     eos_id: fills the right of shorter completions.
     corrupt_share: expected share of corrupt demonstrations, 0..1.
+    long_prompts: as in `Prompts`.
     **placement: start_step, process_index, process_count and shuffle of
       `Batches`.
 
@@ -486,7 +514,10 @@ def demonstration_batches(
           ids = encode_answer(task.demonstration(examples[index]))
           clean_ids[index] = ids
       completion[row, : len(ids)] = ids
-    return DemonstrationBatch(tokens, mask, completion, corrupt)
+    cut = prompts.cut[indices]
+    return DemonstrationBatch(tokens, mask, completion, corrupt, cut)
 
-  prompts = Prompts(examples, prompt, encode, prompt_length, pad_id)
+  prompts = Prompts(
+    examples, prompt, encode, prompt_length, pad_id, long_prompts
+  )
   return Batches(prompts, make, batch_size, seed, **placement)

@@ -29,11 +29,13 @@ class Prompts:
     tokens: i32 [n, P], left-padded.
     mask: bool [n, P].
     examples: n examples.
+    cut: prompts of which only the tail is there.
   """
 
   tokens: np.ndarray
   mask: np.ndarray
   examples: Sequence[dict]
+  cut: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

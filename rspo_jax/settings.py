@@ -16,7 +16,6 @@ import tempfile
 from typing import Any
 
 from rspo_jax import mirror, sampler_settings
-from rspo_jax.sampler_settings import SamplerSettings
 
 EMBEDDED = "embedded:"
 CONFIG = "config.json"
@@ -56,8 +55,8 @@ class Evaluation:
   """
 
   name: str
-  greedy: SamplerSettings
-  sampled: SamplerSettings
+  greedy: sampler_settings.SamplerSettings
+  sampled: sampler_settings.SamplerSettings
   seed: int
 
 
@@ -86,11 +85,12 @@ class Settings:
   task: dict[str, Any]
   data: Any  # tasks.base.DataSettings
   prompt_length: int
+  long_prompts: str
   corrupt_share: float
   rollout: RolloutSettings
-  sampler: SamplerSettings  # of training rollouts
-  greedy: SamplerSettings  # of eval/accuracy
-  sampled: SamplerSettings  # of eval/accuracy_sampled
+  sampler: sampler_settings.SamplerSettings  # of training rollouts
+  greedy: sampler_settings.SamplerSettings  # of eval/accuracy
+  sampled: sampler_settings.SamplerSettings  # of eval/accuracy_sampled
   likelihood: Any  # likelihood.LikelihoodSettings
   objective: Any  # objectives.ObjectiveSettings
   normalize_advantages: bool
@@ -171,6 +171,7 @@ _RANGES = {
 _DTYPES = ("float32", "bfloat16")
 _CHOICES = {
   "data.size": ("small", "large"),
+  "data.long_prompts": ("refuse", "keep_tail"),
   "run.log": ("quiet", "normal", "debug"),
   "model.compute_dtype": ("auto", *_DTYPES),
   "model.param_dtype": _DTYPES,
@@ -255,10 +256,10 @@ def _check_model(config) -> None:
 
 def _sampler(
   config, length, block, steps, temperature, group
-) -> SamplerSettings:
+) -> sampler_settings.SamplerSettings:
   """The sampler's options at a length; errors name the keys of the group."""
   keys = config.sampler
-  result = SamplerSettings(
+  result = sampler_settings.SamplerSettings(
     completion_length=length,
     block_length=block,
     steps=steps,
@@ -286,7 +287,7 @@ def _sampler(
   return result
 
 
-def rollout_sampler(config) -> SamplerSettings:
+def rollout_sampler(config) -> sampler_settings.SamplerSettings:
   """How training rollouts are sampled."""
   keys = config.sampler
   steps = keys.steps or keys.completion_length
@@ -294,7 +295,9 @@ def rollout_sampler(config) -> SamplerSettings:
   return _sampler(config, *shape, config.rollout.temperature, "sampler")
 
 
-def eval_sampler(config, length: int, temperature: float) -> SamplerSettings:
+def eval_sampler(
+  config, length: int, temperature: float
+) -> sampler_settings.SamplerSettings:
   """How an evaluation at a completion length samples."""
   keys, own = config.sampler, config.eval
   block = own.block_length or min(keys.block_length, length)
@@ -559,6 +562,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
       source=config.data.source,
     ),
     prompt_length=config.data.prompt_length,
+    long_prompts=config.data.long_prompts,
     corrupt_share=config.data.corrupt_share,
     rollout=RolloutSettings(**config.rollout.to_dict()),
     sampler=rollout_sampler(config),

@@ -76,14 +76,15 @@ def _prompts(
   examples = data.load_examples(program.task, split, settings.data)
   if count:
     examples = examples[:count]
-  tokens, mask = data.encode_prompts(
+  tokens, mask, cut = data.encode_prompts(
     examples,
     program.prompt,
     program.model.tokenizer.encode,
     settings.prompt_length,
     program.model.config.pad_id,
+    settings.long_prompts,
   )
-  return evaluate.Prompts(tokens, mask, examples)
+  return evaluate.Prompts(tokens, mask, examples, int(cut.sum()))
 
 
 @dataclasses.dataclass
@@ -251,6 +252,8 @@ class Run:
         ),
       )
     values = evaluate.metrics(results["greedy"], results["sampled"])
+    if settings.long_prompts == "keep_tail":
+      values["eval/cut_prompts"] = self.eval_prompts.cut
     self.first_eval = self.first_eval or values
     self.last_eval = values
     self.greedy_rows = results["greedy"].rows
@@ -323,7 +326,14 @@ class Run:
     host = train_step.RolloutBatch(
       tokens, seen, scored, ones, np.zeros_like(ones), ones
     )
-    return sharding.put_global(program.mesh, host), {}
+    return sharding.put_global(program.mesh, host), self.cut_prompts(batch)
+
+  def cut_prompts(self, batch) -> dict[str, int]:
+    """How many prompts of a batch lost their beginning, where they may."""
+    if self.settings.long_prompts == "refuse":
+      return {}
+    everyone = sharding.gather_json([int(batch.cut.sum())])
+    return {"data/cut_prompts": sum(everyone)}
 
   def rollout_batch(self, batches, watch):
     """Samples, judges and assembles one batch; returns it with metrics."""
@@ -378,6 +388,7 @@ class Run:
       (host_tokens[:, -length:] == program.model.config.eos_id).any(1),
       group,
     )
+    values |= self.cut_prompts(prompts)
     values["rollout/denoiser_calls"] = int(out.denoiser_calls)
     values["compute/rollout"] = float(out.forwards)
     values["rollout/tokens_per_s"] = (
@@ -883,6 +894,7 @@ def _batches(run: Run):
     encode=program.model.tokenizer.encode,
     prompt_length=settings.prompt_length,
     pad_id=program.model.config.pad_id,
+    long_prompts=settings.long_prompts,
     batch_size=settings.rollout.prompts,
     seed=settings.run.seed,
     process_index=jax.process_index(),

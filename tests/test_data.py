@@ -142,6 +142,24 @@ class TestPromptBatches:
     ):
       prompts_of(count=18, prompt_length=10)
 
+  @pytest.mark.parametrize("checked", [5, 1000])
+  def test_the_tail_of_a_long_prompt_is_kept_and_counted(
+    self, monkeypatch, checked
+  ):
+    monkeypatch.setattr(data, "_CHECKED_PROMPTS", checked)
+    examples = examples_of(18)
+    tokens, mask, cut = data.encode_prompts(
+      examples, prompt, encode, 10, PAD, "keep_tail"
+    )
+    texts = [prompt(e) for e in examples]
+    assert [decode(t[m]) for t, m in zip(tokens, mask, strict=True)] == [
+      text[-10:] for text in texts
+    ]
+    assert cut.tolist() == [len(text) > 10 for text in texts] and cut.any()
+    batch = prompts_of(count=18, prompt_length=10, long_prompts="keep_tail")[0]
+    wanted = [len(prompt(e)) > 10 for e in batch.examples]
+    assert batch.cut.tolist() == wanted
+
   def test_a_prompt_that_cannot_be_encoded_is_named(self):
     with pytest.raises(data.DataError, match=r"prompt 0, 'A'.*no token"):
       data.encode_prompts([{}], lambda example: "A", encode, 4, PAD)
@@ -165,7 +183,8 @@ class TestPromptBatches:
 
   def test_encode_prompts_keeps_the_order(self):
     examples = examples_of(7)
-    tokens, mask = data.encode_prompts(examples, prompt, encode, 16, PAD)
+    tokens, mask, cut = data.encode_prompts(examples, prompt, encode, 16, PAD)
+    assert not cut.any()
     texts = [decode(t[m]) for t, m in zip(tokens, mask, strict=True)]
     assert texts == [prompt(e) for e in examples]
 

@@ -435,18 +435,18 @@ def test_adaptive_rows_finish_by_themselves(options, temperature):
   assert min(calls) < 12
 
 
-@pytest.mark.parametrize("options", [{"threshold": 0.25}, {"factor": 1.2}])
+@pytest.mark.parametrize("options", [{"threshold": 1.0}, {"factor": 0.1}])
 def test_masks_of_a_prompt_do_not_profit_from_slower_rows(options):
-  canvas = canvas_of(rows=5)
-  canvas[:, 1:4] = MASK
-  settings = settings_of(mask_policy="compete", **options)
+  canvas = canvas_of(rows=5, prompt=14, length=4)
+  canvas[:, 1:13] = MASK
+  settings = settings_of(4, 4, 2, mask_policy="compete", **options)
   together = denoise(canvas, settings)
   left = []
   for row in range(5):
     alone = denoise(canvas[row : row + 1], settings, rows=np.array([row]))
     np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
     left.append(int((alone.tokens == MASK).sum()))
-  assert len(set(left)) > 1, "rows should end with other numbers of masks"
+  assert max(left) > 0, "the block should be full before the prompt is"
 
 
 def test_left_padding_changes_no_sample_of_adaptive_rows():

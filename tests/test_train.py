@@ -315,6 +315,36 @@ def test_nothing_is_compiled_twice_in_a_run(whole, program):
   assert set(counts.values()) == {1}, counts
 
 
+def test_a_run_samples_through_the_cache_and_keeps_the_tails_of_prompts(
+  tiny, tmp_path
+):
+  argv = tiny(
+    tmp_path / "run",
+    sampler__cache="dual",
+    sampler__threshold=0.3,
+    sampler__stop_at_eos=True,
+    sampler__block_length=8,
+    data__prompt_length=12,
+    data__long_prompts="keep_tail",
+    run__steps=2,
+    eval__every=0,
+  )
+  assert main.main(argv) == 0
+  first, *rest = tiny_runs.rows(tmp_path / "run")
+  assert first["eval/cut_prompts"] == tiny_runs.SMALL["eval.prompts"]
+  for row in rest:
+    # Two blocks of 8: a full forward each, at least one and at most 8 more.
+    assert 4 <= row["rollout/denoiser_calls"] <= 18
+    assert row["data/cut_prompts"] == tiny_runs.SMALL["rollout.prompts"]
+    assert row["grad_norm"] > 0
+  assert {row["rollout/denoiser_calls"] for row in rest} != {18}
+  with pytest.raises(ValueError, match=r"data\.long_prompts"):
+    program = tiny_runs.program_of(
+      tiny("unused", data__prompt_length=12, run__steps=2)
+    )
+    train._prompts(program, "validation", 0)
+
+
 def test_the_same_command_on_a_finished_run_says_so(whole, tiny, capsys):
   before = tiny_runs.files(whole)
   assert main.main(tiny(whole)) == 0
