@@ -465,6 +465,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
   eval_length = (
     config.eval.completion_length or config.sampler.completion_length
   )
+  train_sampler = rollout_sampler(config)
   shape = sharding.mesh_shape(
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
   )
@@ -565,7 +566,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     long_prompts=config.data.long_prompts,
     corrupt_share=config.data.corrupt_share,
     rollout=RolloutSettings(**config.rollout.to_dict()),
-    sampler=rollout_sampler(config),
+    sampler=train_sampler,
     greedy=eval_sampler(config, eval_length, 0.0),
     sampled=eval_sampler(config, eval_length, config.eval.temperature),
     likelihood=mask_settings,
