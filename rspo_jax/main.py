@@ -26,6 +26,8 @@ from rspo_jax import settings
 
 MISTAKE, INTERRUPTED = 2, 75
 MODES = ("train", "eval")
+# Where `pip install` puts the configs (pyproject.toml, data-files).
+INSTALLED = pathlib.Path(sys.prefix) / "share" / "rspo_jax"
 HELP = """usage: python -m rspo_jax.main --config=FILE[:ARG,...] [options]
 
   --config=configs/countdown.py   config file; ARGs are listed in its docstring
@@ -92,6 +94,9 @@ def load_config(text: str) -> ml_collections.ConfigDict:
       configs/base.py.
   """
   path, colon, arg = text.partition(":")
+  if not os.path.isfile(path) and (INSTALLED / path).is_file():
+    path = str(INSTALLED / path)
+  _make_configs_importable(path)
   if not os.path.isfile(path):
     folder = pathlib.Path(path).parent
     known = [str(file) for file in folder.glob("*.py")]
@@ -125,6 +130,23 @@ def load_config(text: str) -> ml_collections.ConfigDict:
         f"--config={path} sets {key}, which is not a key of configs/base.py."
       )
   return config
+
+
+def _make_configs_importable(path: str) -> None:
+  """Lets a config file find `configs.base` where no clone is on the path.
+
+  An installed command does not have the current folder on its path, as
+  `python -m` has. Looked for beside the file, in the current folder, and where
+  an installation keeps the configs.
+  """
+  if importlib.util.find_spec("configs") is not None:
+    return
+  beside = pathlib.Path(path).absolute().parent.parent
+  for folder in (beside, pathlib.Path.cwd(), INSTALLED):
+    if (folder / "configs" / "base.py").is_file():
+      sys.path.append(str(folder))
+      importlib.invalidate_caches()
+      return
 
 
 def override(config, key: str, text: str) -> None:
@@ -218,10 +240,15 @@ def main(argv: list[str] | None = None) -> int:
   return train.main(config, workdir, mode)
 
 
-if __name__ == "__main__":
+def command() -> None:
+  """The process of a run: ends with its exit status."""
   # Until the run takes signals itself there is nothing to save.
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(INTERRUPTED))
   try:
     sys.exit(main())
   except KeyboardInterrupt:
     sys.exit(INTERRUPTED)
+
+
+if __name__ == "__main__":
+  command()
