@@ -19,7 +19,8 @@ def get_config() -> ml_collections.ConfigDict:
   #                       that launch/plan.py takes while path is ""
   model.compute_dtype = "auto"  # auto (float32 on CPU, else bfloat16) | float32
   #                               | bfloat16: dtype of matmul inputs
-  model.param_dtype = "float32"  # float32 | bfloat16: storage of parameters
+  model.param_dtype = "float32"  # float32 | bfloat16: storage of parameters;
+  #                                bfloat16 ones are rounded stochastically
   model.attention = "einsum"  # einsum | flash (from about 1,024 tokens on)
   model.remat = False  # recompute layer activations in the backward pass
   model.head_chunks = 1  # pieces in which the vocabulary head is evaluated
@@ -35,6 +36,19 @@ def get_config() -> ml_collections.ConfigDict:
   new.vocabulary = "0 1 2 3 4"  # pieces of text, separated by spaces; \s
   #                               is a space, \n a new line
   new.pattern = "."  # regular expression of a piece
+
+  config.lora = lora = ml_collections.ConfigDict()
+  lora.rank = 0  # columns of the adapter's A; 0: all parameters are trained
+  lora.alpha = 64.0  # the adapter's scale is alpha / rank
+  lora.targets = "query,key,value,out,gate,up,down"  # adapted projections, of
+  #                                        rspo_jax.models.lora.TARGETS
+  lora.rslora = False  # scale alpha / sqrt(rank)
+  lora.path = (
+    ""  # adapter folder in PEFT's layout that the run starts from, its
+  )
+  #                 reference too; rank, alpha and targets are then the folder's
+  lora.dual = True  # policy and reference in one pass over the frozen base;
+  #                   False: the reference alone, while the host verifies
 
   config.task = task = ml_collections.ConfigDict()
   task.name = "countdown"  # key of rspo_jax.tasks.TASKS, reasoning_gym:NAME
@@ -133,7 +147,7 @@ def get_config() -> ml_collections.ConfigDict:
   optimizer.eps = 1e-8
   optimizer.weight_decay = 0.0  # of matrices
   optimizer.clip_norm = 1.0  # global gradient norm
-  optimizer.moment_dtype = "float32"  # float32 | bfloat16: first moment
+  optimizer.moment_dtype = "float32"  # float32 | bfloat16: storage of moments
 
   config.train = train = ml_collections.ConfigDict()
   train.micro_batch = 32  # sequences of one forward-backward, over all devices

@@ -175,7 +175,8 @@ def logprobs(
 
   Args:
     logprob_fn: (params, tokens [n, C, S], token_mask [n, S], target [n, R],
-      rows [n, R]) -> f32 [n, R].
+      rows [n, R]) -> f32 [n, R], or a tree of such arrays (of several
+      parameters that are scored in one pass), which is then returned.
     params: the model's parameters.
     tokens: i32 [n, S], prompt and completion, uncorrupted.
     token_mask: bool [n, S], what attention may see.
@@ -187,13 +188,14 @@ def logprobs(
   rows = masks.rows  # [n, U, R]
   flat = (rows % span).reshape(n, -1)
   target = jnp.take_along_axis(tokens, flat, axis=1).reshape(rows.shape)
-  return logprob_fn(
+  found = logprob_fn(
     params,
     canvas.reshape(n * draws, canvases, span),
     jnp.repeat(token_mask, draws, axis=0),
     target.reshape(n * draws, -1),
     rows.reshape(n * draws, -1),
-  ).reshape(rows.shape)
+  )
+  return jax.tree.map(lambda logprob: logprob.reshape(rows.shape), found)
 
 
 def score(
@@ -208,6 +210,12 @@ def score(
 
   Its mean over K estimates the score of the sequence.
   """
-  logprob = logprobs(logprob_fn, params, tokens, token_mask, masks, mask_id)
-  scores = (masks.weight * logprob[:, :, None]).sum(-1)  # [n, U, C]
-  return scores.reshape(len(tokens), -1)
+
+  def weighed(logprob):
+    scores = (masks.weight * logprob[:, :, None]).sum(-1)  # [n, U, C]
+    return scores.reshape(len(tokens), -1)
+
+  return jax.tree.map(
+    weighed,
+    logprobs(logprob_fn, params, tokens, token_mask, masks, mask_id),
+  )

@@ -24,21 +24,39 @@ from rspo_jax import (
   train_step,
 )
 from rspo_jax import settings as settings_lib
-from rspo_jax.models import families, fresh, hf_weights, transformer
+from rspo_jax.models import (
+  families,
+  fresh,
+  hf_adapters,
+  hf_weights,
+  lora,
+  transformer,
+)
+
+_ADAPTER = 0x6C6F7261  # fold of the run's key: the new adapter
 
 
 @dataclasses.dataclass
 class Program:
   """Everything a run computes with: model, data and compiled functions.
 
-  `params` are the initial parameters on the mesh; they stay untouched and
-  serve as the frozen reference.
+  Attributes:
+    params: the reference, as the jitted functions take parameters; on the mesh
+      and never changed. All of them, or `lora.Adapted`.
+    frozen: with an adapter, what policy and reference share (`lora.Adapted`
+      without the policy's adapter); None where all parameters are trained.
+    lora: settings of the adapter, or None.
+    pair_fn: scores (policy, reference) in one pass; None where the reference
+      is scored by `estimate_fn`.
+    The other names ending in _fn: jitted functions of the loop.
   """
 
   settings: settings_lib.Settings
   mesh: jax.sharding.Mesh
   model: hf_weights.Model
   params: Any
+  frozen: Any
+  lora: lora.LoraSettings | None
   state_template: Any
   optimizer: Any
   learning_rate: Any
@@ -46,10 +64,15 @@ class Program:
   greedy_fn: Any
   sampled_fn: Any
   estimate_fn: Any
+  pair_fn: Any
   update_fn: Any
   refresh_fn: Any
   present_fn: Any
   sampling: Any  # (SamplerSettings, group size) -> a jitted rollout
+
+  def policy(self, trained):
+    """Parameters for the jitted functions out of what the state holds."""
+    return policy(trained, self.frozen)
 
   @property
   def task(self):
@@ -81,8 +104,24 @@ class Program:
   def compiled_programs(self) -> dict[str, int]:
     """Number of compilations of each jitted function so far."""
     names = ("rollout_fn", "greedy_fn", "sampled_fn", "estimate_fn")
-    names += ("update_fn", "present_fn")
-    return {name: getattr(self, name)._cache_size() for name in names}
+    names += ("pair_fn", "update_fn", "present_fn")
+    functions = {name: getattr(self, name) for name in names}
+    return {n: fn._cache_size() for n, fn in functions.items() if fn}
+
+
+def policy(trained, frozen, reference=None):
+  """Parameters as the jitted functions take them.
+
+  Args:
+    trained: what the state holds, all parameters or an adapter.
+    frozen: `Program.frozen`.
+    reference: the state's own, where it is refreshed.
+  """
+  if frozen is None:
+    return trained
+  if reference is not None:
+    frozen = frozen.replace(reference=reference)
+  return frozen.replace(adapter=trained)
 
 
 def _shardings(mesh, config):
@@ -189,11 +228,37 @@ def _placed(shapes, shardings):
 def build(settings: settings_lib.Settings) -> Program:
   """Loads the model and prepares the jitted functions; compiles nothing."""
   mesh = sharding.make_mesh(**settings.mesh)
-  return assemble(settings, _load(settings, mesh), mesh)
+  model = _load(settings, mesh)
+  adapter = None
+  if settings.lora["path"]:
+    adapter = _load_adapter(settings, model, mesh)
+  return assemble(settings, model, mesh, adapter)
+
+
+def _load_adapter(settings, model, mesh):
+  """(LoraSettings, adapter on the mesh) of the folder that a run starts from.
+
+  Raises:
+    ValueError: the folder is of another rank than was asked for.
+  """
+  path, asked = settings.lora["path"], settings.lora["settings"]
+  found, adapter, _ = hf_adapters.load_adapter(path, model.config)
+  if asked is not None and asked.rank != found.rank:
+    raise ValueError(
+      f"lora.rank={asked.rank} is not that of lora.path={path!r}, which is "
+      f"{found.rank}; use lora.rank=0 to take everything from the folder."
+    )
+  boxed = jax.eval_shape(
+    functools.partial(lora.boxed, model.config, found), jax.random.key(0)
+  )
+  return found, jax.device_put(adapter, sharding.shardings(mesh, boxed))
 
 
 def assemble(
-  settings: settings_lib.Settings, model: hf_weights.Model, mesh
+  settings: settings_lib.Settings,
+  model: hf_weights.Model,
+  mesh,
+  adapter: tuple[lora.LoraSettings, Any] | None = None,
 ) -> Program:
   """Prepares the jitted functions of a loaded or an abstract model.
 
@@ -201,25 +266,48 @@ def assemble(
     settings: the run.
     model: its parameters on the mesh, or `abstract_model`.
     mesh: of devices, or of a topology's descriptions of them.
+    adapter: the adapter that a run starts from, with its settings; None: what
+      `settings.lora` says, or none at all.
   """
   config = model.config
   optimizer = train_step.make_optimizer(settings.optimizer)
   learning_rate = train_step.schedule(settings.optimizer)
+  lora_settings, start = adapter or (settings.lora["settings"], None)
+  params, frozen = model.params, None
+  if lora_settings is not None:
+    # The reference is the base with the adapter that the run began with.
+    frozen = lora.Adapted(model.params, None, start, lora_settings.scale)
+    params = lora.Adapted(model.params, start, None, lora_settings.scale)
 
   def fresh_state(key):
-    params = _stored(settings, transformer.init(config, key, boxed=True))
-    return train_step.init_state(params, optimizer, settings.reference_every)
+    if lora_settings is not None:
+      trained = lora.boxed(config, lora_settings, key)
+    else:
+      trained = _stored(settings, transformer.init(config, key, boxed=True))
+    return train_step.init_state(trained, optimizer, settings.reference_every)
 
   boxed = jax.eval_shape(fresh_state, jax.random.key(0))
   state_shardings = sharding.shardings(mesh, boxed)
   template = _placed(nn.meta.unbox(boxed), state_shardings)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  logprob_fn = transformer.make_logprob_fn(config)
-  denoise_fn = transformer.make_denoise_fn(config)
+  jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
+  score_fn = transformer.make_logprob_fn(config, mesh)
+  both_fn = transformer.make_logprob_fn(config, mesh, dual=True)
+  raw_denoise_fn = transformer.make_denoise_fn(config, mesh)
+
+  def logprob_fn(params, *arguments):
+    return score_fn(lora.weights(params), *arguments)
+
+  def both_logprob_fn(params, *arguments):
+    return both_fn(lora.weights(params), *arguments)
+
+  def denoise_fn(params, *arguments):
+    return raw_denoise_fn(lora.weights(params), *arguments)
+
   completions = rollout.Completions(rows, rows, rows, rows, whole, whole)
 
   def sampling(settings_of_sampler, group_size):
-    return jax.jit(
+    return jit(
       rollout.make_rollout(
         denoise_fn,
         settings_of_sampler,
@@ -232,24 +320,36 @@ def assemble(
 
   step = (settings.step, settings.likelihood)
   objective = objectives.OBJECTIVES[settings.objective.name]
+  uses_reference = objective.uses_reference(settings.objective)
+  dual = frozen is not None and settings.lora["dual"] and uses_reference
   return Program(
     settings=settings,
     mesh=mesh,
     model=model,
-    params=model.params,
+    params=params,
+    frozen=frozen,
+    lora=lora_settings,
     state_template=template,
     optimizer=optimizer,
     learning_rate=learning_rate,
     rollout_fn=sampling(settings.sampler, settings.rollout.group_size),
     greedy_fn=sampling(settings.greedy, 1),
     sampled_fn=sampling(settings.sampled, 1),
-    estimate_fn=jax.jit(
+    estimate_fn=jit(
       train_step.make_estimate(
         logprob_fn, config.mask_id, *step, objective.per_token
       ),
       out_shardings=rows,
     ),
-    update_fn=jax.jit(
+    pair_fn=jit(
+      train_step.make_estimate(
+        both_logprob_fn, config.mask_id, *step, objective.per_token
+      ),
+      out_shardings=rows,
+    )
+    if dual
+    else None,
+    update_fn=jit(
       train_step.make_update(
         logprob_fn,
         config.mask_id,
@@ -257,16 +357,18 @@ def assemble(
         learning_rate,
         *step,
         settings.objective,
+        policy,
+        both_logprob_fn if dual else None,
       ),
       donate_argnums=0,
       out_shardings=(state_shardings, whole),
     ),
-    refresh_fn=jax.jit(
+    refresh_fn=jit(
       train_step.refresh_reference,
       donate_argnums=0,
       out_shardings=state_shardings,
     ),
-    present_fn=jax.jit(
+    present_fn=jit(
       functools.partial(
         rollout.present,
         scope=settings.likelihood.scope,
@@ -278,15 +380,48 @@ def assemble(
   )
 
 
+def compiler_options(mesh) -> dict[str, str]:
+  """What the compiler of the mesh's devices is told.
+
+  On TPUs it would split the products with gathered weights into pieces that
+  travel while they are multiplied; with the split on the contracting axis each
+  piece adds to a partial sum, and the modelled step is a third longer.
+  """
+  if mesh.devices.flat[0].platform != "tpu":
+    return {}
+  return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+
+
 def fresh_state(program: Program):
-  """Step 0: a copy of the parameters (donated later) and empty moments."""
+  """Step 0: what is trained, copied (donated later), and empty moments."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state_template)
+
+  def state_of(trained):
+    return train_step.init_state(
+      trained, program.optimizer, program.settings.reference_every
+    )
+
+  if program.lora is not None and program.params.adapter is None:
+    key = jax.random.key(program.settings.run.seed)
+    start = jax.jit(
+      lambda key: state_of(lora.init(program.model.config, program.lora, key)),
+      out_shardings=shardings,
+    )
+    return start(jax.random.fold_in(key, _ADAPTER))
+  trained = program.params if program.lora is None else program.params.adapter
   start = jax.jit(
-    lambda params: train_step.init_state(
-      jax.tree.map(jnp.copy, params),
-      program.optimizer,
-      program.settings.reference_every,
-    ),
+    lambda trained: state_of(jax.tree.map(jnp.copy, trained)),
     out_shardings=shardings,
   )
-  return start(program.params)
+  return start(trained)
+
+
+def merged(program: Program, trained) -> hf_weights.Model:
+  """The trained model with all its weights, for export."""
+  if program.lora is not None:
+    scale = program.lora.scale
+    trained = jax.jit(
+      lambda base, adapter: lora.merge(base, adapter, scale),
+      out_shardings=jax.tree.map(lambda x: x.sharding, program.model.params),
+    )(program.frozen.base, trained)
+  return dataclasses.replace(program.model, params=trained)

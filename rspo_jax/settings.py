@@ -82,6 +82,7 @@ class Settings:
   """A whole run, ready to build."""
 
   model: dict[str, Any]
+  lora: dict[str, Any]  # settings (lora.LoraSettings | None), path, dual
   task: dict[str, Any]
   data: Any  # tasks.base.DataSettings
   prompt_length: int
@@ -129,6 +130,8 @@ _POSITIVE = (
   "run.keep_checkpoints",
 )
 _NOT_NEGATIVE = (
+  "lora.rank",
+  "lora.alpha",
   "rollout.temperature",
   "objective.lambda_",
   "objective.lambda_share",
@@ -401,7 +404,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     tasks,
     train_step,
   )
-  from rspo_jax.models import published
+  from rspo_jax.models import lora, published
   from rspo_jax.tasks import base
 
   check_values(config)
@@ -544,11 +547,32 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     "head_chunks": config.model.head_chunks,
     "new": config.model.new.to_dict(),
   }
+  if config.lora.path and not os.path.isfile(
+    os.path.join(config.lora.path, "adapter_config.json")
+  ):
+    raise ValueError(
+      f"lora.path={config.lora.path!r} holds no adapter_config.json; give a "
+      "folder in PEFT's layout (of a run: DIR/adapter), or leave it empty for "
+      "a new adapter."
+    )
+  adapter = None
+  if config.lora.rank:
+    adapter = lora.LoraSettings(
+      rank=config.lora.rank,
+      alpha=float(config.lora.alpha),
+      targets=tuple(filter(None, config.lora.targets.split(","))),
+      rslora=config.lora.rslora,
+    )
   optimizer = config.optimizer.to_dict() | {
     "total_steps": config.run.steps * config.train.updates_per_rollout
   }
   return Settings(
     model=model,
+    lora={
+      "settings": adapter,
+      "path": config.lora.path,
+      "dual": config.lora.dual,
+    },
     task={
       "name": task.name,
       "prompt_style": config.task.prompt_style,

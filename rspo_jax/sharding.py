@@ -1,9 +1,11 @@
 """Where arrays live: the mesh, the logical rules, host batch <-> global array.
 
 Mesh axes: "data" replicates parameters, "fsdp" shards them, "tensor" shards
-heads, mlp and vocabulary; the batch is split over data and fsdp. One device is
-a 1x1x1 mesh: there is no second code path. A dimension that its mesh axis does
-not divide stays whole, so that tiny models run on any mesh.
+heads, mlp and the embedding's vocabulary; the batch is split over data and
+fsdp. The head's vocabulary is split over fsdp and tensor: its rows are many and
+its inputs few, so that hidden rows travel and the weight never does. One device
+is a 1x1x1 mesh: there is no second code path. A dimension that its mesh axis
+does not divide stays whole, so that tiny models run on any mesh.
 """
 
 import json
@@ -23,6 +25,9 @@ RULES = (
   ("heads", "tensor"),
   ("mlp", "tensor"),
   ("vocab", "tensor"),
+  ("head_vocab", ("fsdp", "tensor")),
+  ("rank", "fsdp"),
+  ("replica", "data"),
   ("norm", None),
   ("layers", None),
 )
@@ -106,6 +111,19 @@ def _that_divides(mesh, sharding, shape):
     ways = math.prod(mesh.shape[name] for name in names)
     entries.append(entry if size % ways == 0 else None)
   return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def constrain(mesh: Mesh | None, x, axes):
+  """x laid out by logical axis names (None: whole along that axis).
+
+  Without a mesh, or on one device, x as it is: nothing enters the program.
+  """
+  if mesh is None or mesh.size == 1:
+    return x
+  rules = dict(RULES)
+  spec = PartitionSpec(*(axis and rules[axis] for axis in axes))
+  where = _that_divides(mesh, NamedSharding(mesh, spec), x.shape)
+  return jax.lax.with_sharding_constraint(x, where)
 
 
 def put_global(mesh: Mesh, tree):

@@ -45,7 +45,7 @@ from rspo_jax import program as program_lib
 from rspo_jax import settings as settings_lib
 from rspo_jax.checkpoint import Checkpointer, CheckpointError
 from rspo_jax.interrupt import Interrupt
-from rspo_jax.models import hf_weights
+from rspo_jax.models import hf_adapters, hf_weights
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 SUMMARY = "summary.json"
@@ -181,6 +181,11 @@ class Run:
     self.compiling_s = 0.0  # first calls, this process's
     self._seen: set[str] = set()
 
+  @property
+  def policy(self):
+    """The policy's parameters, as the jitted functions take them."""
+    return self.program.policy(self.state.params)
+
   def call(self, name: str, fn, *args):
     """Calls a jitted function; its first call is shown as compilation."""
     with contextlib.ExitStack() as stack:
@@ -226,7 +231,7 @@ class Run:
         for kind, (_, samples) in decodings.items()
       }
     # Before the first step the policy is the model as it was loaded.
-    params = program.params if self.state is None else self.state.params
+    params = program.params if self.state is None else self.policy
     results = {}
     for kind, (fn, samples) in decodings.items():
       name = f"{label}{kind} evaluation"
@@ -349,7 +354,7 @@ class Run:
         settings.run.seed, self.step, train_step.ROLLOUT
       )
       out = self.call(
-        "rollout", program.rollout_fn, self.state.params, tokens, mask, key
+        "rollout", program.rollout_fn, self.policy, tokens, mask, key
       )
       host_tokens = sharding.local_rows(out.tokens)
       ended = sharding.local_rows(out.completion_mask)
@@ -451,10 +456,13 @@ class Run:
     has_gap = objective.name == "rspo"
     reference, policy = scores.reference, scores.policy
     entry = objectives.OBJECTIVES[objective.name]
-    if reference is None or entry.per_token:
+    inside = self.scored_inside(batch)
+    if (reference is None and not inside) or entry.per_token:
       return
-    if policy is None:
-      policy = self.score(self.state.params, batch, 0)
+    if inside:
+      policy, reference = self.pair(batch, 0)
+    elif policy is None:
+      policy = self.score(self.policy, batch, 0)
     columns = traces.calibration(
       *(
         sharding.gather_rows(sharding.local_rows(x))
@@ -500,7 +508,20 @@ class Run:
   def reference(self):
     """Parameters of the reference as it stands."""
     own = self.state.reference
-    return self.program.params if own is None else own
+    return self.program.params if own is None else self.program.policy(own)
+
+  def pair(self, batch, update: int):
+    """(policy's values, reference's) of a batch from one pass."""
+    params = self.policy
+    if self.state.reference is not None:
+      params = params.replace(reference=self.state.reference)
+    return self.call(
+      "scores", self.program.pair_fn, params, batch, self.mask_key(update)
+    )
+
+  def scored_inside(self, batch) -> bool:
+    """Whether the update scores the reference itself."""
+    return self.program.pair_fn is not None and not self.two_passes(batch)
 
   def scores(self, batch) -> list["Scores"]:
     """Values of a batch before its first update, for each of its updates."""
@@ -511,11 +532,16 @@ class Run:
     out = []
     for update in range(updates):
       reference = policy = None
-      if uses:
-        reference = self.score(self.reference, batch, update)
       old = entry.ratio and updates > 1
-      if old or (self.two_passes(batch) and not update):
-        policy = self.score(self.state.params, batch, update)
+      needed = old or (self.two_passes(batch) and not update)
+      inside = self.scored_inside(batch)
+      if self.program.pair_fn is not None and needed and not inside:
+        policy, reference = self.pair(batch, update)
+      else:
+        if uses and not inside:
+          reference = self.score(self.reference, batch, update)
+        if needed:
+          policy = self.score(self.policy, batch, update)
       out.append(Scores(reference, policy, policy if old else None))
     return out
 
@@ -527,9 +553,14 @@ class Run:
 
   def check_start(self, batch, reference) -> None:
     """Before the first update policy and reference are one: d must be 0."""
-    if self.step or reference is None:
+    if self.step:
       return
-    policy = self.score(self.state.params, batch, 0)
+    if self.scored_inside(batch):
+      policy, reference = self.pair(batch, 0)
+    elif reference is None:
+      return
+    else:
+      policy = self.score(self.policy, batch, 0)
     worst = float(jnp.abs(policy - reference).max())
     if worst != 0.0:
       self.writer.warn(
@@ -541,7 +572,7 @@ class Run:
   def update(self, batch, scores, index: int) -> dict[str, float]:
     """One of a step's updates; returns its metrics."""
     if index and self.two_passes(batch):
-      policy = self.score(self.state.params, batch, index)
+      policy = self.score(self.policy, batch, index)
       scores = dataclasses.replace(scores, policy=policy)
     self.state, values = self.call(
       "update",
@@ -552,6 +583,7 @@ class Run:
       scores.reference,
       scores.policy if self.two_passes(batch) else None,
       scores.old,
+      self.program.frozen,
     )
     return {k: float(v) for k, v in jax.device_get(values).items()}
 
@@ -612,7 +644,11 @@ class Run:
     kept = values["update/kept_share"]
     rollout_forwards = values.get("compute/rollout", 0.0)
     # Scores that were dispatched before the rewards were known cover all.
-    early = not (settings.supervised or settings.skip_equal_groups)
+    early = not (
+      settings.supervised
+      or settings.skip_equal_groups
+      or self.scored_inside(batch)
+    )
     values["compute/score"] = scored * masks * (1.0 if early else kept)
     values["compute/update"] = 3.0 * updates * masks * kept
     values["compute/forward_equivalents"] = (
@@ -653,8 +689,17 @@ class Run:
       )
 
   def export(self) -> None:
-    """Writes model/ in the Hugging Face layout."""
-    model = dataclasses.replace(self.program.model, params=self.state.params)
+    """Writes model/ in the Hugging Face layout, and adapter/ in PEFT's."""
+    program, trained = self.program, self.state.params
+    if program.lora is not None:
+      hf_adapters.save_adapter(
+        self.home.address / "adapter",
+        program.model.config,
+        program.lora,
+        trained,
+        base=self.settings.model["path"],
+      )
+    model = program_lib.merged(program, trained)
     hf_weights.save_model(model, self.home.address / "model")
 
 
@@ -1020,8 +1065,9 @@ def _restore(run: Run, checkpointer: Checkpointer):
 def finish(run: Run) -> None:
   """Exports the model and says what came of the run."""
   settings, writer = run.settings, run.writer
+  exported = "model/" if run.program.lora is None else "model/, adapter/"
   if settings.run.export:
-    with writer.phase("exporting model/"):
+    with writer.phase(f"exporting {exported}"):
       run.export()
   seconds = {k: round(v, 2) for k, v in run.seconds.items()}
   summary = {
@@ -1084,7 +1130,7 @@ def finish(run: Run) -> None:
   writer.say(
     f"In {run.home.address}: metrics.jsonl, samples/, checkpoints/"
     + (", tensorboard/" if settings.run.tensorboard else "")
-    + (", model/" if settings.run.export else "")
+    + (f", {exported}" if settings.run.export else "")
     + "."
   )
   writer.say("Next:")

@@ -10,7 +10,13 @@
    batch gives one weight a mask, and the second pass accumulates
    weight * grad(score); exact for any micro-batch, memory flat in N and K.
    Both give the same gradient (rspo.md, "What is linear is cheap").
-4. AdamW with global-norm clipping and a schedule, from optax.
+4. AdamW with global-norm clipping and a schedule, from optax, in float32;
+   what is stored in bfloat16 is rounded stochastically (rounding.py).
+
+What is trained may be a part of what is computed with: with an adapter the
+state holds the adapter alone, and the frozen rest is an argument that every
+step shares. Policy and reference are then two streams of one forward pass
+(`pair_fn`), so that each frozen weight is read, and gathered, once for both.
 
 Dropped sequences cost nothing: they come last in every shard, and the loop
 over micro-batches ends (a traced bound, no recompilation) where no kept
@@ -26,10 +32,11 @@ import numpy as np
 import optax
 from flax import struct
 
-from rspo_jax import likelihood, objectives
+from rspo_jax import likelihood, objectives, rounding
 
 # Streams of randomness: fold_in(fold_in(root, step), stream).
 ROLLOUT, MASKS, EVAL = 0, 1, 2
+_ROUNDING = 0x726F756E  # fold of the MASKS key: bits of stochastic rounding
 PASSES = ("auto", "one", "two")
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -176,8 +183,8 @@ def _decayed(params):
 def make_optimizer(settings: OptimizerSettings):
   """Clipping by global norm, then AdamW; matrices alone are decayed.
 
-  Moments are float32 (the first one as `moment_dtype` says) whatever the
-  parameters are stored in.
+  Arithmetic is float32 whatever parameters and moments are stored in; `update`
+  takes widened ones and `make_update` rounds what comes back (rounding.store).
   """
   optimizer = optax.chain(
     optax.clip_by_global_norm(settings.clip_norm),
@@ -188,12 +195,17 @@ def make_optimizer(settings: OptimizerSettings):
       eps=settings.eps,
       weight_decay=settings.weight_decay,
       mask=_decayed,
-      mu_dtype=settings.moment_dtype,
     ),
   )
 
   def init(params):
-    return optimizer.init(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    state = optimizer.init(rounding.widen(params))
+    return jax.tree.map(
+      lambda x: (
+        x.astype(settings.moment_dtype) if x.dtype == jnp.float32 else x
+      ),
+      state,
+    )
 
   return optax.GradientTransformation(init, optimizer.update)
 
@@ -339,7 +351,8 @@ def make_estimate(
 ) -> Callable:
   """estimate(params, batch, key) -> f32 [N, K]; 0 for skipped sequences.
 
-  Row log-probs f32 [N, U, R] instead for objectives `per_token`.
+  Row log-probs f32 [N, U, R] instead for objectives `per_token`; a pair where
+  `logprob_fn` scores policy and reference in one pass.
   """
   values = _values_fn(logprob_fn, mask_id, per_token)
 
@@ -348,12 +361,21 @@ def make_estimate(
     masks = draw_masks(key, mask_settings, batch)
     pieces = cut.split((batch, masks))
 
-    def body(index, scores):
+    def one(index):
       piece, mask = jax.tree.map(lambda x: x[index], pieces)
-      return scores.at[index].set(values(params, piece, mask))
+      return values(params, piece, mask)
 
-    scores = _no_values(cut, masks, per_token)
-    return cut.join(jax.lax.fori_loop(0, cut.active(batch.keep), body, scores))
+    def body(index, scores):
+      return jax.tree.map(
+        lambda all_, new: all_.at[index].set(new), scores, one(index)
+      )
+
+    scores = jax.tree.map(
+      lambda x: jnp.zeros((cut.count, *x.shape), jnp.float32),
+      jax.eval_shape(one, 0),
+    )
+    scores = jax.lax.fori_loop(0, cut.active(batch.keep), body, scores)
+    return jax.tree.map(cut.join, scores)
 
   return estimate
 
@@ -402,21 +424,36 @@ def make_update(
   settings: StepSettings,
   mask_settings: likelihood.LikelihoodSettings,
   objective: objectives.ObjectiveSettings,
+  join: Callable | None = None,
+  pair_fn: Callable | None = None,
 ) -> Callable:
-  """Builds update(state, batch, key, reference, policy=None, old=None).
+  """Builds update(state, batch, key, reference, policy=None, old=None,
+  frozen=None).
+
+  Args:
+    logprob_fn: scores the policy (likelihood.score).
+    mask_id: the id that hides a token.
+    optimizer: of `make_optimizer`.
+    learning_rate: of `schedule`, for the metrics.
+    settings, mask_settings, objective: of the step.
+    join: (state.params, frozen, state.reference) -> what `logprob_fn` takes;
+      None: state.params.
+    pair_fn: a `logprob_fn` that scores policy and reference in one pass; one
+      pass then needs no reference from outside.
 
   Args of the returned function: the state (donate it), the batch, the MASKS
   key of the update, and values of the batch from `estimate` with that key: the
   reference's, in the two-pass form the policy's, and, where a rollout serves
   several updates and the objective has a ratio, those of the parameters that
   sampled it. Values are scores f32 [N, K], or f32 [N, U, R] for objectives per
-  token. Returns (state, metrics); a non-finite loss or gradient, or a batch
+  token. `frozen` is what `join` wants. Returns (state, metrics); a non-finite loss or gradient, or a batch
   without a kept sequence, leaves the state as it was, but for the step, and
   reports `update/applied` 0.
   """
   entry = objectives.OBJECTIVES[objective.name]
   loss_fn, per_token = entry.loss, entry.per_token
-  values_of = _values_fn(logprob_fn, mask_id, per_token)
+  policy_of = _values_fn(logprob_fn, mask_id, per_token)
+  both_of = _values_fn(pair_fn, mask_id, per_token)
 
   def update(
     state: TrainState,
@@ -425,6 +462,7 @@ def make_update(
     reference,
     policy=None,
     old=None,
+    frozen=None,
   ):
     total = batch.completion_mask.shape[0]
     cut = _Cut(total, settings)
@@ -449,12 +487,26 @@ def make_update(
       loss, metrics = loss_fn(terms, objective)
       return (loss * batch.keep).sum() / kept, metrics
 
-    if passes == "one":
+    def joined(params):
+      return params if join is None else join(params, frozen, state.reference)
+
+    # Each: (params, piece, mask, extra) -> (loss, values of the piece).
+    dual = passes == "one" and pair_fn is not None
+    if dual:
+      extra = old
+
+      def micro_loss(params, piece, mask, old):
+        policy, reference = both_of(joined(params), piece, mask)
+        reference = jax.lax.stop_gradient(reference)
+        loss, _ = total_loss(piece, mask, policy, reference, old)
+        return loss, (policy, reference)
+
+    elif passes == "one":
       extra = (reference, old)
 
       def micro_loss(params, piece, mask, extra):
-        policy = values_of(params, piece, mask)
-        return total_loss(piece, mask, policy, *extra)[0], policy
+        policy = policy_of(joined(params), piece, mask)
+        return total_loss(piece, mask, policy, *extra)[0], (policy,)
 
     else:
 
@@ -464,38 +516,53 @@ def make_update(
       extra = jax.grad(whole_loss)(policy)  # like the values
 
       def micro_loss(params, piece, mask, weight):
-        policy = values_of(params, piece, mask)
-        return (weight * policy).sum(), policy
+        policy = policy_of(joined(params), piece, mask)
+        return (weight * policy).sum(), (policy,)
 
     pieces = cut.split((batch, masks, extra))
 
-    def body(index, carry):
-      gradients, scores = carry
+    def micro_gradient(index):
       piece = jax.tree.map(lambda x: x[index], pieces)
-      (_, policy), gradient = jax.value_and_grad(micro_loss, has_aux=True)(
+      (_, values), gradient = jax.value_and_grad(micro_loss, has_aux=True)(
         state.params, *piece
       )
-      gradients = jax.tree.map(jnp.add, gradients, gradient)
-      return gradients, scores.at[index].set(policy)
+      return gradient, values
 
-    gradients = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, jnp.float32), state.params
-    )
-    scores = _no_values(cut, masks, per_token)
-    gradients, scores = jax.lax.fori_loop(
-      0, cut.active(batch.keep), body, (gradients, scores)
-    )
-    loss, metrics = total_loss(batch, masks, cut.join(scores), reference, old)
+    if cut.count == 1:
+      # No second copy of the gradients.
+      gradients, values = micro_gradient(0)
+      values = jax.tree.map(lambda x: x[None], values)
+    else:
+
+      def body(index, carry):
+        gradient, new = micro_gradient(index)
+        gradients, values = carry
+        return jax.tree.map(jnp.add, gradients, gradient), jax.tree.map(
+          lambda all_, x: all_.at[index].set(x), values, new
+        )
+
+      start = jax.tree.map(jnp.zeros_like, state.params)
+      empty = (_no_values(cut, masks, per_token),) * (2 if dual else 1)
+      gradients, values = jax.lax.fori_loop(
+        0, cut.active(batch.keep), body, (start, empty)
+      )
+    policy, *inside = map(cut.join, values)
+    reference = inside[0] if dual else reference
+    loss, metrics = total_loss(batch, masks, policy, reference, old)
+    gradients = rounding.widen(gradients)
     norm = optax.global_norm(gradients)
     # Without a kept sequence the gradient is 0, on which momentum would act.
     applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch.keep.sum() > 0)
-    steps, opt_state = optimizer.update(
-      gradients, state.opt_state, state.params
+    before = (state.params, state.opt_state)
+    wide_params, wide_moments = rounding.widen(before)
+    steps, moments = optimizer.update(gradients, wide_moments, wide_params)
+    after = rounding.store(
+      (optax.apply_updates(wide_params, steps), moments),
+      before,
+      jax.random.fold_in(key, _ROUNDING),
     )
-    params = optax.apply_updates(state.params, steps)
-    old = (state.params, state.opt_state)
     params, opt_state = jax.tree.map(
-      lambda new, old: jnp.where(applied, new, old), (params, opt_state), old
+      lambda new, old: jnp.where(applied, new, old), after, before
     )
     metrics = metrics | {
       "loss": loss,

@@ -18,6 +18,7 @@ LEVELS = {
   "rspo_jax.sampler_settings": 0,
   "rspo_jax.sharding": 0,
   "rspo_jax.scores": 0,
+  "rspo_jax.rounding": 0,
   "rspo_jax.metrics": 0,
   "rspo_jax.mirror": 0,
   "rspo_jax.processes": 0,
@@ -99,6 +100,7 @@ PURE = (
   "rspo_jax.tasks.base",
   "rspo_jax.tasks.answers",
   "rspo_jax.train_step",
+  "rspo_jax.rounding",
 )
 IMPURE_MODULES = {
   "datetime",

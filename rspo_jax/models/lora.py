@@ -7,6 +7,7 @@
 2. `attach` hangs them beside the kernels for a forward pass. Nothing of the
    base is copied: policy and reference share it, and the reference is the
    base with the initial adapter, or without one.
+   `Adapted` carries base and adapter to the functions of `transformer`.
 3. `merge` adds the difference into the kernels, for export as full weights.
 
 Source: LoRA, arXiv 2106.09685; scale alpha / r, or alpha / sqrt(r) with
@@ -17,9 +18,12 @@ compared, and dropout would make them differ before anything was learned.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
+from flax import struct
 
 from rspo_jax.models import transformer
 from rspo_jax.models.families import ModelConfig
@@ -63,6 +67,37 @@ class LoraSettings:
       )
     if len(set(self.targets)) < len(self.targets):
       raise ValueError(f"lora.targets={self.targets} names one twice.")
+
+
+@struct.dataclass
+class Adapted:
+  """Parameters of an adapted model, in parts.
+
+  Attributes:
+    base: the frozen parameters; several `Adapted` share them.
+    adapter: as `init` makes it; None: the base alone.
+    reference: adapter of the second stream, the reference's; None: the base.
+    scale: `LoraSettings.scale` of both.
+  """
+
+  base: Any
+  adapter: Any = None
+  reference: Any = None
+  scale: float = struct.field(pytree_node=False, default=1.0)
+
+
+def weights(params):
+  """What `transformer` computes with: a tree as it is, `Adapted` attached."""
+  if not isinstance(params, Adapted):
+    return params
+  tree = params.base
+  for stream, adapter in (
+    (transformer.POLICY, params.adapter),
+    (transformer.REFERENCE, params.reference),
+  ):
+    if adapter is not None:
+      tree = attach(tree, adapter, params.scale, stream)
+  return tree
 
 
 def kernel_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -113,7 +148,16 @@ def init(config: ModelConfig, settings: LoraSettings, key: jax.Array):
   return adapter
 
 
-def attach(params, adapter, scale: float):
+def boxed(config: ModelConfig, settings: LoraSettings, key: jax.Array):
+  """`init` in Linen's boxes with the logical axis names, for shardings."""
+  return jax.tree.map(
+    nn.LogicallyPartitioned,
+    init(config, settings, key),
+    logical_axes(settings),
+  )
+
+
+def attach(params, adapter, scale: float, stream: str = transformer.POLICY):
   """Parameters with the adapter beside the kernels it adds to.
 
   Args:
@@ -121,15 +165,16 @@ def attach(params, adapter, scale: float):
     adapter: as `init` makes it.
     scale: `LoraSettings.scale`; folded into B here, so that gradients with
       respect to the adapter carry it.
+    stream: which stream of activations passes through it.
 
   Returns:
     A tree like params in which an adapted projection also holds "lora_a"
-    [..., in, r] and "lora_b" [..., r, out].
+    [..., in, r] and "lora_b" [..., r, out], or "reference_a", "reference_b".
   """
 
   def beside(kernel, pair):
     del kernel
-    return {"lora_a": pair["a"], "lora_b": pair["b"] * scale}
+    return {f"{stream}_a": pair["a"], f"{stream}_b": pair["b"] * scale}
 
   return _join(params, adapter, beside)
 
@@ -155,24 +200,19 @@ def merge(params, adapter, scale: float):
 
 
 def logical_axes(settings: LoraSettings):
-  """Logical axis names of an adapter's leaves, for shardings.
-
-  A takes the input axis of its kernel and B the output axis; the rank is
-  small and stays whole.
-  """
-  inner = {
+  """Logical axis names of an adapter's leaves, for shardings."""
+  kernels = {
     "out": ("heads", "embed"),
     "gate": ("embed", "mlp"),
     "up": ("embed", "mlp"),
     "down": ("mlp", "embed"),
-    "head": ("embed", "vocab"),
+    "head": (None, "head_vocab"),
   }
   axes = {}
   for target in settings.targets:
-    inputs, outputs = inner.get(target, ("embed", "heads"))
+    a, b = transformer.adapter_axes(kernels.get(target, ("embed", "heads")))
     stack = () if target == "head" else ("layers",)
-    pair = {"a": (*stack, inputs, None), "b": (*stack, None, outputs)}
-    _group(axes, target)[target] = pair
+    _group(axes, target)[target] = {"a": (*stack, *a), "b": (*stack, *b)}
   return axes
 
 

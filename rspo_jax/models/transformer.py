@@ -13,6 +13,14 @@ arXiv 2508.15487 (biased q/k/v, grouped kv heads, logits shifted by one).
 Two functions cross the boundary to sampler and likelihood, both aligned to
 *targets*: `make_logprob_fn` and `make_denoise_fn`. The vocabulary-sized head
 is evaluated only at the rows that the caller asks for.
+
+On a mesh (`sharding.RULES`) a layer gathers each of its weights once, in the
+compute dtype, and its gradient leaves the layer as shards; the head's
+vocabulary stays where it lies, and the hidden rows are gathered instead.
+
+A forward pass carries one stream of activations or two. The second, "reference",
+goes through the same layers without the adapter (or with the initial one): both
+read a weight that was gathered once, and no gradient is taken through it.
 """
 
 import functools
@@ -22,8 +30,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
+from rspo_jax import sharding
 from rspo_jax.models.families import ModelConfig
+
+# Streams by the prefix of their adapters' leaves (models/lora.py).
+POLICY, REFERENCE = "lora", "reference"
 
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
@@ -193,25 +206,98 @@ class RMSNorm(nn.Module):
     return out
 
 
-def _dense(
-  config: ModelConfig, name: str, features: int, axes, bias: bool, dot=None
-):
-  """A linear map with named logical axes (input, output)."""
-  return nn.Dense(
-    features,
-    use_bias=bias,
-    dtype=config.compute_dtype,
-    name=name,
-    dot_general=dot,
-    kernel_init=nn.with_logical_partitioning(
-      nn.initializers.normal(0.02), axes
-    ),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (axes[1],)),
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gathered(kernel, axes, mesh):
+  """A kernel as its layer multiplies by it: whole along "embed" and "rank".
+
+  Left to itself the partitioner splits the contraction instead, and every
+  product of activations becomes an all-reduce.
+  """
+  whole = tuple(None if axis in ("embed", "rank") else axis for axis in axes)
+  return sharding.constrain(mesh, kernel, whole)
+
+
+def _gathered_forward(kernel, axes, mesh):
+  return _gathered(kernel, axes, mesh), None
+
+
+def _gathered_backward(axes, mesh, _, cotangent):
+  # As shards inside the scan over layers: reduce-scattered, not all-reduced.
+  return (sharding.constrain(mesh, cotangent, axes),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
+
+
+class Dense(nn.Module):
+  """y = x W + bias, plus (x A) B where an adapter hangs beside the kernel.
+
+  Attributes:
+    features: width of y.
+    axes: logical axes (input, output) of the kernel.
+    use_bias: whether there is a bias.
+    dot: replaces `jax.lax.dot_general`.
+    mesh: where the kernel is gathered before use; None: the caller has laid
+      it out.
+  """
+
+  config: ModelConfig
+  features: int
+  axes: tuple[str | None, str]
+  use_bias: bool = False
+  dot: Callable | None = None
+  mesh: Mesh | None = None
+
+  @nn.compact
+  def __call__(self, x, stream: str = POLICY):
+    dtype = self.config.compute_dtype
+    kernel = self.param(
+      "kernel",
+      nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes),
+      (x.shape[-1], self.features),
+    )
+    x = x.astype(dtype)
+    product = self._product(x, kernel, self.axes)
+    if self.has_variable("params", f"{stream}_a"):
+      a = self.get_variable("params", f"{stream}_a")
+      b = self.get_variable("params", f"{stream}_b")
+      inner = self._product(x, a, adapter_axes(self.axes)[0])
+      product = product + self._product(
+        inner.astype(dtype), b, adapter_axes(self.axes)[1]
+      )
+    if self.use_bias:
+      bias = self.param(
+        "bias",
+        nn.with_logical_partitioning(nn.initializers.zeros, (self.axes[1],)),
+        (self.features,),
+      )
+      product = product + bias.astype(dtype)
+    return product
+
+  def _product(self, x, matrix, axes):
+    """x [..., in] times a matrix [in, out], gathered in the compute dtype."""
+    matrix = matrix.astype(self.config.compute_dtype)
+    if self.mesh is not None:
+      matrix = _gathered(matrix, axes, self.mesh)
+    contract = (((x.ndim - 1,), (0,)), ((), ()))
+    return (self.dot or jax.lax.dot_general)(x, matrix, contract)
+
+
+def adapter_axes(axes):
+  """Logical axes of A [in, r] and B [r, out] beside a kernel's (in, out).
+
+  The rank is split where the other axis is not, so that an adapter's moments
+  are spread over the devices like the weights.
+  """
+  inputs, outputs = axes
+  return (
+    (inputs, None if inputs == "embed" else "rank"),
+    (None if outputs in ("embed", "head_vocab") else "rank", outputs),
   )
 
 
 class Block(nn.Module):
-  """One layer; the carry of the scan over layers is x [n, S, D].
+  """One layer; the carry of the scan over layers is {stream: x [n, S, D]}.
 
   With `keep` the layer also returns its keys and values as `Cache` has them;
   with `cached` x is a window that attends to the cache as well.
@@ -219,26 +305,48 @@ class Block(nn.Module):
 
   config: ModelConfig
   keep: bool = False
+  mesh: Mesh | None = None
 
-  @nn.compact
-  def __call__(self, x, rope, key_bias, cached=None, cached_bias=None):
+  def setup(self):
+    config = self.config
+    dense = functools.partial(Dense, config, mesh=self.mesh)
+    into_heads, into_mlp = ("embed", "heads"), ("embed", "mlp")
+    queries = config.heads * config.head_dim
+    keys = config.kv_heads * config.head_dim
+    self.attention_norm = RMSNorm(config)
+    self.query = dense(queries, into_heads, config.qkv_bias)
+    self.key = dense(keys, into_heads, config.qkv_bias)
+    self.value = dense(keys, into_heads, config.qkv_bias)
+    if config.qk_norm:
+      self.query_norm = RMSNorm(config)
+      self.key_norm = RMSNorm(config)
+    self.out = dense(config.width, ("heads", "embed"), config.linear_bias)
+    self.mlp_norm = RMSNorm(config)
+    self.gate = dense(config.mlp_width, into_mlp, config.linear_bias)
+    self.up = dense(config.mlp_width, into_mlp, config.linear_bias)
+    self.down = dense(config.width, ("mlp", "embed"), config.linear_bias)
+
+  def __call__(self, streams, rope, key_bias, cached=None, cached_bias=None):
+    out = {
+      stream: self._one(stream, x, rope, key_bias, cached, cached_bias)
+      for stream, x in streams.items()
+    }
+    kept = out[POLICY][1] if self.keep else None
+    return {stream: x for stream, (x, _) in out.items()}, kept
+
+  def _one(self, stream, x, rope, key_bias, cached, cached_bias):
+    """The layer on one stream: (x, (keys, values))."""
     config = self.config
     n, length, width = x.shape
     dim = config.head_dim
     # One axis of rows: the backward pass of XLA's matmuls on the CPU is a
     # tenth slower with two.
     x = x.reshape(n * length, width)
-    h = RMSNorm(config, name="attention_norm")(x)
-    into_heads = ("embed", "heads")
-    q = _dense(
-      config, "query", config.heads * dim, into_heads, config.qkv_bias
-    )(h)
-    kv_width = config.kv_heads * dim
-    k = _dense(config, "key", kv_width, into_heads, config.qkv_bias)(h)
-    v = _dense(config, "value", kv_width, into_heads, config.qkv_bias)(h)
+    h = self.attention_norm(x)
+    q, k = self.query(h, stream), self.key(h, stream)
+    v = self.value(h, stream)
     if config.qk_norm:
-      q = RMSNorm(config, name="query_norm")(q)
-      k = RMSNorm(config, name="key_norm")(k)
+      q, k = self.query_norm(q), self.key_norm(k)
     q = apply_rope(q.reshape(n, length, config.heads, dim), *rope)
     k = apply_rope(k.reshape(n, length, config.kv_heads, dim), *rope)
     v = v.reshape(n, length, config.kv_heads, dim)
@@ -246,23 +354,62 @@ class Block(nn.Module):
       attended = attend(q, k, v, key_bias, config.attention)
     else:
       attended = attend_cached(q, k, v, key_bias, cached, cached_bias)
-    attended = attended.reshape(n * length, width)
-    x = x + _dense(
-      config, "out", config.width, ("heads", "embed"), config.linear_bias
-    )(attended)
+    x = x + self.out(attended.reshape(n * length, width), stream)
 
-    h = RMSNorm(config, name="mlp_norm")(x)
-    into_mlp = ("embed", "mlp")
-    gate = _dense(
-      config, "gate", config.mlp_width, into_mlp, config.linear_bias
-    )(h)
-    up = _dense(config, "up", config.mlp_width, into_mlp, config.linear_bias)(h)
-    x = x + _dense(
-      config, "down", config.width, ("mlp", "embed"), config.linear_bias
-    )(nn.silu(gate) * up)
+    h = self.mlp_norm(x)
+    gate, up = self.gate(h, stream), self.up(h, stream)
+    x = x + self.down(nn.silu(gate) * up, stream)
     x = x.reshape(n, length, width)
-    x = nn.with_logical_constraint(x, ("batch", None, None))
-    return x, (_by_kv_head(k), _by_kv_head(v)) if self.keep else None
+    x = sharding.constrain(self.mesh, x, ("batch", None, None))
+    return x, (_by_kv_head(k), _by_kv_head(v))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _embed(table, tokens, dtype, mesh):
+  """Rows [n, S, D] of a table [V, D]; each device looks its columns up."""
+  tokens = sharding.constrain(mesh, tokens, ("replica", None))
+  x = jnp.take(table, tokens, axis=0).astype(dtype)
+  return sharding.constrain(mesh, x, ("replica", None, "embed"))
+
+
+def _embed_forward(table, tokens, dtype, mesh):
+  # Of the table only shape and dtype are needed again.
+  like = jnp.zeros((table.shape[0], 0), table.dtype)
+  return _embed(table, tokens, dtype, mesh), (tokens, like)
+
+
+def _embed_backward(dtype, mesh, kept, cotangent):
+  # Thousands of rows meet in that of the mask id: they are summed in float32.
+  tokens, like = kept
+  tokens = sharding.constrain(mesh, tokens, ("replica", None))
+  cotangent = sharding.constrain(mesh, cotangent, ("replica", None, "embed"))
+  total = jnp.zeros((like.shape[0], cotangent.shape[-1]), jnp.float32)
+  total = total.at[tokens].add(cotangent.astype(jnp.float32))
+  total = sharding.constrain(mesh, total, ("vocab", "embed"))
+  return total.astype(like.dtype), None
+
+
+_embed.defvjp(_embed_forward, _embed_backward)
+
+
+class Embed(nn.Module):
+  """Rows of the embedding, and the table for a tied head."""
+
+  config: ModelConfig
+  mesh: Mesh | None = None
+
+  def setup(self):
+    self.embedding = self.param(
+      "embedding",
+      nn.with_logical_partitioning(
+        nn.initializers.normal(0.02), ("vocab", "embed")
+      ),
+      (self.config.vocab_size, self.config.width),
+    )
+
+  def __call__(self, tokens):
+    x = _embed(self.embedding, tokens, self.config.compute_dtype, self.mesh)
+    return sharding.constrain(self.mesh, x, ("batch", None, None))
 
 
 class Transformer(nn.Module):
@@ -270,17 +417,11 @@ class Transformer(nn.Module):
 
   config: ModelConfig
   keep: bool = False
+  mesh: Mesh | None = None
 
   def setup(self):
     config = self.config
-    self.embed = nn.Embed(
-      config.vocab_size,
-      config.width,
-      dtype=config.compute_dtype,
-      embedding_init=nn.with_logical_partitioning(
-        nn.initializers.normal(0.02), ("vocab", "embed")
-      ),
-    )
+    self.embed = Embed(config, self.mesh)
     # The backward pass keeps the outputs of the weights' matmuls and computes
     # the rest again (norms, rotations, attention weights, gates): half the
     # memory, and on the CPU less time than reading it back. `remat` keeps
@@ -296,14 +437,13 @@ class Transformer(nn.Module):
       in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
       length=config.layers,
       metadata_params={nn.PARTITION_NAME: "layers"},
-    )(config, self.keep)
+    )(config, self.keep, self.mesh)
     self.final_norm = RMSNorm(config)
     if not config.tie_embeddings:
-      self.head = _dense(
+      self.head = Dense(
         config,
-        "head",
         config.vocab_size,
-        ("embed", "vocab"),
+        (None, "head_vocab"),
         config.linear_bias,
         _float32_out,
       )
@@ -314,10 +454,10 @@ class Transformer(nn.Module):
     x = self.embed(tokens)
     if config.scale_embedding:
       x = x * jnp.asarray(config.width**0.5, x.dtype)
-    return nn.with_logical_constraint(x, ("batch", None, None))
+    return x
 
-  def hidden_and_kv(self, tokens, token_mask):
-    """Hidden rows [n, S, D] and, with `keep`, all keys and values."""
+  def hidden_and_kv(self, tokens, token_mask, streams=(POLICY,)):
+    """Hidden rows {stream: [n, S, D]} and, with `keep`, all keys and values."""
     config = self.config
     x = self._embedded(tokens)
     key_bias = None
@@ -325,12 +465,13 @@ class Transformer(nn.Module):
       key_bias = jnp.where(token_mask, 0.0, LOWEST)
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     rope = rope_tables(positions, config.head_dim, config.rope_theta)
-    x, kv = self.layers(x, rope, key_bias, None, None)
-    return self.final_norm(x), kv
+    start = {stream: x for stream in streams}
+    out, kv = self.layers(start, rope, key_bias, None, None)
+    return {stream: self.final_norm(x) for stream, x in out.items()}, kv
 
   def hidden(self, tokens, token_mask):
     """Final hidden rows [n, S, D] of tokens i32 [n, S]."""
-    return self.hidden_and_kv(tokens, token_mask)[0]
+    return self.hidden_and_kv(tokens, token_mask)[0][POLICY]
 
   def window(self, tokens, token_mask, cache, first):
     """Hidden rows [n, W, D] of a window that starts at position first.
@@ -352,18 +493,24 @@ class Transformer(nn.Module):
     cached_bias = jnp.where(token_mask[:, :depth] & outside, 0.0, LOWEST)
     key_bias = jnp.where(own, 0.0, LOWEST)
     kv = (cache.key, cache.value)
-    x, _ = self.layers(x, rope, key_bias, kv, cached_bias)
-    return self.final_norm(x)
+    out, _ = self.layers({POLICY: x}, rope, key_bias, kv, cached_bias)
+    return self.final_norm(out[POLICY])
 
-  def project(self, h):
-    """Logits f32 [..., V] of hidden rows [..., D]."""
+  def project(self, h, stream=POLICY):
+    """Logits f32 [..., V] of hidden rows [..., D]; split over vocabulary."""
     config = self.config
+    between = (None,) * (h.ndim - 2)
+    h = sharding.constrain(self.mesh, h, ("replica", *between, None))
     if config.tie_embeddings:
       table = self.embed.embedding.astype(config.compute_dtype)  # [V, D]
+      table = sharding.constrain(self.mesh, table, ("head_vocab", None))
       last = h.ndim - 1
       logits = _float32_out(h, table, (((last,), (1,)), ((), ())))
     else:
-      logits = self.head(h)
+      logits = self.head(h, stream)
+    logits = sharding.constrain(
+      self.mesh, logits, ("replica", *between, "head_vocab")
+    )
     return logits * config.width**-0.5 if config.scale_logits else logits
 
   def __call__(self, tokens):
@@ -393,59 +540,100 @@ def hidden(config: ModelConfig, params, tokens, token_mask=None):
   )
 
 
-def project(config: ModelConfig, params, h):
+def project(config: ModelConfig, params, h, mesh=None, stream=POLICY):
   """Logits f32 [..., V] of hidden rows [..., D]."""
-  return Transformer(config).apply({"params": params}, h, method="project")
+  return Transformer(config, mesh=mesh).apply(
+    {"params": params}, h, stream, method="project"
+  )
 
 
-def _target_logprob(config: ModelConfig, params, h, target):
+def _target_logprob(config: ModelConfig, params, h, target, mesh, stream):
   """log p(target) f32 [m] of hidden rows [m, D] and targets i32 [m]."""
-  logits = project(config, params, h)
+  logits = project(config, params, h, mesh, stream)
   # A comparison instead of a gather: it stays local on a sharded vocabulary.
   ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 1)
   picked = jnp.where(ids == target[:, None], logits, 0.0).sum(-1)
   return picked - jax.nn.logsumexp(logits, axis=-1)
 
 
-def make_logprob_fn(config: ModelConfig) -> Callable:
+def make_logprob_fn(
+  config: ModelConfig, mesh: Mesh | None = None, dual: bool = False
+) -> Callable:
   """The function through which likelihoods see the model.
+
+  Args:
+    config: the model.
+    mesh: of the parameters; None: no layout is asked for.
+    dual: score the reference in the same pass, a second stream.
 
   Returns:
     logprob_fn(params, tokens i32 [n, C, S], token_mask bool [n, S],
     target i32 [n, R], rows i32 [n, R]) -> f32 [n, R], the log-probability of
     target r of a sequence, read from one of its C corrupted canvases: rows
     are flat indices canvas * S + position, where position is that of the
-    predicted token.
+    predicted token. With `dual` a pair of them: policy, reference.
   """
+  streams = (POLICY, REFERENCE) if dual else (POLICY,)
 
   def logprob_fn(params, tokens, token_mask, target, rows):
     n, canvases, length = tokens.shape
-    mask = jnp.repeat(token_mask, canvases, axis=0)
-    h = hidden(config, params, tokens.reshape(n * canvases, length), mask)
-    h = h.reshape(n, canvases * length, config.width)
+    out, _ = Transformer(config, mesh=mesh).apply(
+      {"params": params},
+      tokens.reshape(n * canvases, length),
+      jnp.repeat(token_mask, canvases, axis=0),
+      streams,
+      method="hidden_and_kv",
+    )
     if config.logit_shift:
       rows = jnp.where(rows % length == 0, rows, rows - 1)
-    h = jnp.take_along_axis(h, rows[:, :, None], axis=1)  # [n, R, D]
-    h = h.reshape(-1, config.width)
-    flat = target.reshape(-1)
-    chunks = config.head_chunks
-    if chunks == 1:
-      return _target_logprob(config, params, h, flat).reshape(target.shape)
-    padding = -len(flat) % chunks
-    h = jnp.pad(h, ((0, padding), (0, 0))).reshape(chunks, -1, config.width)
-    flat = jnp.pad(flat, (0, padding)).reshape(chunks, -1)
-    # Recomputed in the backward pass: logits of one chunk at a time exist.
-    chunk_fn = jax.checkpoint(
-      lambda inputs: _target_logprob(config, params, *inputs)
-    )
-    out = jax.lax.map(chunk_fn, (h, flat)).reshape(-1)
-    return out[: out.shape[0] - padding].reshape(target.shape)
+
+    def of(stream):
+      h = out[stream].reshape(n, canvases * length, config.width)
+      h = jnp.take_along_axis(h, rows[:, :, None], axis=1)  # [n, R, D]
+      return _chunked_logprob(config, params, h, target, mesh, stream)
+
+    logprobs = tuple(of(stream) for stream in streams)
+    return logprobs if dual else logprobs[0]
 
   return logprob_fn
 
 
-def make_denoise_fn(config: ModelConfig) -> Callable:
+def _chunked_logprob(config, params, h, target, mesh, stream):
+  """log p(target) f32 [n, R] of h [n, R, D], `head_chunks` pieces of R."""
+
+  def logprob(inputs):
+    h, target = inputs
+    flat = _target_logprob(
+      config,
+      params,
+      h.reshape(-1, config.width),
+      target.reshape(-1),
+      mesh,
+      stream,
+    )
+    return flat.reshape(target.shape)
+
+  chunks, budget = config.head_chunks, target.shape[1]
+  if chunks == 1:
+    return logprob((h, target))
+
+  def pieces(x):
+    # Of each sequence's rows, so that every device has a part in every piece.
+    x = jnp.pad(x, ((0, 0), (0, -budget % chunks)) + ((0, 0),) * (x.ndim - 2))
+    x = x.reshape(x.shape[0], chunks, -1, *x.shape[2:])
+    return jnp.swapaxes(x, 0, 1)
+
+  # Recomputed in the backward pass: logits of one piece at a time exist.
+  out = jax.lax.map(jax.checkpoint(logprob), (pieces(h), pieces(target)))
+  return jnp.swapaxes(out, 0, 1).reshape(target.shape[0], -1)[:, :budget]
+
+
+def make_denoise_fn(config: ModelConfig, mesh: Mesh | None = None) -> Callable:
   """The function through which the sampler sees the model.
+
+  Args:
+    config: the model.
+    mesh: of the parameters; None: no layout is asked for.
 
   Returns:
     denoise_fn(params, tokens i32 [n, S], token_mask bool [n, S], cache,
@@ -469,13 +657,14 @@ def make_denoise_fn(config: ModelConfig) -> Callable:
     return larger(start - 1, 0)
 
   def full(params, tokens, token_mask, kind, start, length):
-    h, kv = Transformer(config, kind is not None).apply(
+    out, kv = Transformer(config, kind is not None, mesh).apply(
       {"params": params}, tokens, token_mask, method="hidden_and_kv"
     )
+    h = out[POLICY]
     rows = start + jnp.arange(length)
     if config.logit_shift:
       rows = jnp.maximum(rows - 1, 0)
-    logits = project(config, params, jnp.take(h, rows, axis=1))
+    logits = project(config, params, jnp.take(h, rows, axis=1), mesh)
     if kind is None:
       return logits, None
     return logits, Cache(*kv, kind=kind)
@@ -490,12 +679,12 @@ def make_denoise_fn(config: ModelConfig) -> Callable:
     else:
       width = length + config.logit_shift
     inputs = jax.lax.dynamic_slice_in_dim(tokens, first, width, 1)
-    h = Transformer(config).apply(
+    h = Transformer(config, mesh=mesh).apply(
       {"params": params}, inputs, token_mask, stored, first, method="window"
     )
     rows = start - first + jnp.arange(length) - config.logit_shift
     h = jnp.take(h, jnp.maximum(rows, 0), axis=1)
-    return project(config, params, h), cache
+    return project(config, params, h, mesh), cache
 
   def denoise_fn(params, tokens, token_mask, cache, start, length):
     forward = full if cache is None or isinstance(cache, str) else window
