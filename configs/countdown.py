@@ -3,13 +3,19 @@
     python -m rspo_jax.main --config=configs/countdown.py
     python -m rspo_jax.main --config=configs/countdown.py:smoke
 
-Arguments: `smoke` (seconds), `calibrated` (default: lambda 3 nats per token),
-`paper_literal` (lambda 0.01 per token), `rft` (rejection sampling, the
-control run), and the objectives of configs/recipes.py: `diffu_grpo`, `wd1`,
-`espo`, `spg`, `gdpo`, `vrpo`, `tracerl`, `justgrpo`, `trafl`.
+Arguments: `smoke` (seconds), `calibrated` (default: lambda 3 nats per token, of
+the large models 0.01 per sequence), `paper_literal` (lambda 0.01 per token),
+`rft` (rejection sampling, the control run); `llada_8b`, `dream_7b` (with
+`model.path` naming the checkpoint's folder: an adapter of rank 64, as in
+configs/gsm8k.py), after either of them `full` (all parameters); and, last, the
+objectives of configs/recipes.py: `diffu_grpo`, `wd1`, `espo`, `spg`, `gdpo`,
+`vrpo`, `tracerl`, `justgrpo`, `trafl`.
+
+    python -m rspo_jax.main --config=configs/countdown.py:llada_8b \\
+        --config.model.path=LLADA
 """
 
-from configs import base, recipes
+from configs import base, gsm8k, recipes
 
 
 def _smoke(config):
@@ -21,7 +27,10 @@ def _smoke(config):
 
 
 def _calibrated(config):
-  config.objective.lambda_, config.objective.lambda_unit = 3.0, "token"
+  if config.model.published:
+    gsm8k.SWITCHES["calibrated"](config)
+  else:
+    config.objective.lambda_, config.objective.lambda_unit = 3.0, "token"
 
 
 def _paper_literal(config):
@@ -32,11 +41,27 @@ def _rft(config):
   config.objective.name = "rft"
 
 
+def _large(name):
+  """The switch of a published model, on a task that has a tiny one."""
+
+  def switch(config):
+    gsm8k.real_model(config)
+    config.model.path = ""
+    config.data.prompt_length = 256
+    config.optimizer.schedule = "constant"
+    gsm8k.SWITCHES[name](config)
+
+  return switch
+
+
 SWITCHES = {
   "smoke": _smoke,
   "calibrated": _calibrated,
   "paper_literal": _paper_literal,
   "rft": _rft,
+  "llada_8b": _large("llada_8b"),
+  "dream_7b": _large("dream_7b"),
+  "full": gsm8k.full,
   **recipes.SWITCHES,
 }
 

@@ -1,6 +1,6 @@
 """RSPO on GSM8K, grade-school word problems, with a real checkpoint.
 
-    python -m rspo_jax.main --config=configs/gsm8k.py \\
+    python -m rspo_jax.main --config=configs/gsm8k.py:llada_8b \\
         --config.model.path=LLADA --config.data.source=gsm8k_{split}.jsonl
 
 Without `data.source` the published files are downloaded once. It holds rows with
@@ -10,9 +10,12 @@ one row in 16 is kept for validation.
 
 Arguments: `smoke` (two small steps), `calibrated` (default: lambda 0.01 nats per
 sequence), `paper_literal` (lambda 0.01 per token), `rft` (rejection sampling,
-the control run), `d1` (that prompt format instead of espo's), and the
-objectives of configs/recipes.py: `diffu_grpo`, `wd1`, `espo`, `spg`, `gdpo`,
-`vrpo`, `tracerl`, `justgrpo`, `trafl`.
+the control run), `d1` (that prompt format instead of espo's); `llada_8b` and
+`dream_7b` (an adapter of rank 64 on the seven projections of a frozen bfloat16
+base, ESPO's recipe otherwise), after either of them `full` (all parameters;
+they and their moments in bfloat16); and, last, the objectives of
+configs/recipes.py: `diffu_grpo`, `wd1`, `espo`, `spg`, `gdpo`, `vrpo`,
+`tracerl`, `justgrpo`, `trafl`. What fits where: launch/plan.py.
 """
 
 from configs import base, recipes
@@ -45,12 +48,45 @@ def _d1(config):
   config.task.prompt_style = "d1"
 
 
+def adapter(config):
+  """A frozen base in bfloat16, adapted as ESPO does but at rank 64."""
+  config.model.param_dtype = "bfloat16"
+  config.lora.rank = 64
+  config.lora.alpha = 64.0
+  config.lora.targets = "query,key,value,out,gate,up,down"
+  _calibrated(config)
+
+
+def _llada_8b(config):
+  config.model.published = "llada_8b"
+  adapter(config)
+
+
+def _dream_7b(config):
+  config.model.published = "dream_7b"
+  config.sampler.algorithm = "entropy"
+  adapter(config)
+
+
+def full(config):
+  """All parameters: ESPO's rate, decay and clipping where it does so too."""
+  config.lora.rank = 0
+  config.model.param_dtype = "bfloat16"
+  config.optimizer.moment_dtype = "bfloat16"
+  config.optimizer.learning_rate = 1e-6
+  config.optimizer.weight_decay = 0.1
+  config.optimizer.clip_norm = 0.8
+
+
 SWITCHES = {
   "smoke": _smoke,
   "calibrated": _calibrated,
   "paper_literal": _paper_literal,
   "rft": _rft,
   "d1": _d1,
+  "llada_8b": _llada_8b,
+  "dream_7b": _dream_7b,
+  "full": full,
   **recipes.SWITCHES,
 }
 
@@ -87,6 +123,7 @@ def get_config(arg: str = ""):
   config = base.get_config()
   real_model(config)
   config.task.name = "gsm8k"
+  config.sampler.steps = 256
   _calibrated(config)
   return base.apply(config, arg, SWITCHES)
 

@@ -1,6 +1,6 @@
 """RSPO on MATH, competition problems with LaTeX answers, with a real checkpoint.
 
-    python -m rspo_jax.main --config=configs/math500.py \\
+    python -m rspo_jax.main --config=configs/math500.py:llada_8b \\
         --config.model.path=LLADA --config.data.source=math_{split}.jsonl
 
 Without `data.source` the published files are downloaded once. It holds rows with
@@ -19,6 +19,7 @@ def get_config(arg: str = ""):
   config = base.get_config()
   gsm8k.real_model(config)
   config.task.name = "math500"
+  config.sampler.steps = 256
   config.rollout.group_size = 16
   config.eval.prompts = 0  # all 500 of the test split
   gsm8k.SWITCHES["calibrated"](config)

@@ -11,6 +11,7 @@ import pytest
 import rspo_jax
 from configs import base
 from rspo_jax import main, settings
+from rspo_jax.models import lora
 from rspo_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -56,8 +57,10 @@ def test_the_files_of_the_contract_are_there():
 @pytest.mark.parametrize(("name", "arg"), EVERY)
 def test_every_argument_builds(name, arg, tiny):
   config = load(name, arg)
-  if name in REAL or (
-    config.model.path and not config.model.path.startswith("embedded:")
+  if (
+    name in REAL
+    or config.model.published
+    or (config.model.path and not config.model.path.startswith("embedded:"))
   ):
     with pytest.raises(ValueError, match=r"model\.path="):
       settings.build(config, 1)
@@ -227,3 +230,25 @@ def test_embedded_checkpoints_fit_their_config(name):
 
 def _text(value):
   return value.decode() if isinstance(value, bytes) else str(value)
+
+
+# Large models.
+
+
+@pytest.mark.parametrize("name", ["countdown", "sudoku", *REAL])
+@pytest.mark.parametrize("model", ["llada_8b", "dream_7b"])
+def test_large_models_are_adapted_and_with_full_trained_whole(name, model):
+  adapted = load(name, model)
+  assert adapted.model.published == model and adapted.lora.rank == 64
+  assert adapted.lora.targets == ",".join(lora.PROJECTIONS)
+  assert adapted.objective.lambda_unit == "sequence"
+  whole = load(name, f"{model},full")
+  assert whole.lora.rank == 0
+  assert whole.model.param_dtype == whole.optimizer.moment_dtype == "bfloat16"
+  for config in (adapted, whole):
+    built = settings.build(config, 4, planning=True)
+    assert (built.lora["settings"] is None) == (config is whole)
+    assert built.model["remat"] and not built.model["path"]
+  # Named but not there: the command says what is missing.
+  with pytest.raises(ValueError, match=r"model\.path=''"):
+    settings.build(adapted, 4)
