@@ -64,7 +64,7 @@ def test_both_streams_are_the_merged_models_and_share_one_gradient():
   weighed = lambda fn: lambda params, *a: fn(lora.weights(params), *a)  # noqa: E731
   state = train_step.init_state(policy, optimizer)
   dual, metrics = update_of(program_lib.policy, weighed(one), weighed(both))(
-    state, batch, steps.KEY, None, None, frozen
+    state, batch, steps.KEY, None, frozen=frozen
   )
 
   estimate = jax.jit(
@@ -74,9 +74,9 @@ def test_both_streams_are_the_merged_models_and_share_one_gradient():
   )
   merged = lora.merge(base, reference, SETTINGS.scale)
   scores = estimate(merged, batch, steps.KEY)
-  join = lambda adapter, base: lora.merge(base, adapter, SETTINGS.scale)  # noqa: E731
+  join = lambda adapter, base, _: lora.merge(base, adapter, SETTINGS.scale)  # noqa: E731
   apart, others = update_of(join, one)(
-    state, batch, steps.KEY, scores, None, base
+    state, batch, steps.KEY, scores, frozen=base
   )
   steps.assert_close(
     jax.tree.map(jnp.subtract, policy, apart.params),
