@@ -129,6 +129,15 @@ class TestData:
     left, operator, right = task.prompt(example, "compact").rstrip(" =").split()
     total = int(left) + int(right) * (1 if operator == "+" else -1)
     assert task.demonstration(example) == str(total)
+    foils = [task.corrupt(each, None) for each in task.load("train", few)]
+    golds = [each["ground_truth"] for each in task.load("train", few)]
+    assert set(foils) - {foils[0]} <= {
+      each["ground_truth"]
+      for split in base.SPLITS
+      for each in task.load(split, few)
+    }
+    right = sum(f == g for f, g in zip(foils, golds, strict=True))
+    assert right < len(golds) / 2
     assert example["prompt"].startswith("State the final answer")
     assert task.prompt(example, "d1").endswith(example["prompt"])
     texts = [str(total), f"it is <answer>{total}</answer>", str(total + 1), ""]
@@ -214,7 +223,7 @@ def check_generator(name, size, count, data_dir):
   ]
   for (example, answer), verdict in zip(pairs, judged, strict=True):
     assert 0.0 <= verdict.reward <= 1.0
-    if answer == example["ground_truth"]:
+    if answer == example["ground_truth"] and "longer" not in verdict.reason:
       assert verdict.reward > 0.5, (name, answer)
   return failed
 

@@ -11,8 +11,10 @@ import copy
 import functools
 import inspect
 import json
+import random
 import zlib
 
+import numpy as np
 import reasoning_gym
 from reasoning_gym.factory import DATASETS
 
@@ -22,8 +24,15 @@ def names() -> list[str]:
   return sorted(set(DATASETS) - {"composite"})
 
 
+def _settle(*key) -> None:
+  """Sets the global randomness, which some generators draw from."""
+  random.seed(repr(key))
+  np.random.seed(zlib.crc32(repr(key).encode()))
+
+
 @functools.lru_cache(maxsize=4)
 def _dataset(name: str, options: str, seed: int, size: int):
+  _settle(name, options, seed, size)
   return reasoning_gym.create_dataset(
     name, seed=seed, size=size, **json.loads(options)
   )
@@ -31,7 +40,9 @@ def _dataset(name: str, options: str, seed: int, size: int):
 
 @functools.lru_cache(maxsize=256)
 def _entry(name: str, options: str, seed: int, size: int, index: int):
-  return _dataset(name, options, seed, size)[index]
+  dataset = _dataset(name, options, seed, size)
+  _settle(name, options, seed, size, index)
+  return dataset[index]
 
 
 def check(name: str, options: str) -> list[str]:

@@ -189,6 +189,7 @@ def _examples(name, options, seed, size, data_dir, count):
   start, end = shared_ends([question for _, question, _ in entries])
   splits = {split: [] for split in base.SPLITS}
   seen = set()
+  foil = next((answer for _, _, answer in entries[::-1] if answer), None)
   for index, question, answer in entries:
     bucket = zlib.crc32(question.encode()) % _BUCKETS
     split = {0: "validation", 1: "test"}.get(bucket, "train")
@@ -202,9 +203,11 @@ def _examples(name, options, seed, size, data_dir, count):
         "prompt": question,
         "compact": bare,
         "ground_truth": answer,
+        "foil": foil,
         "entry": [name, options, seed, size, index],
       }
     )
+    foil = answer or foil
   return splits
 
 
@@ -227,6 +230,14 @@ def demonstration(example: base.Example) -> str:
       " training needs; train on its scores."
     )
   return example["ground_truth"]
+
+
+def corrupt(example: base.Example, rng) -> str:
+  """Returns the answer to another question of the generator."""
+  del rng
+  if example["foil"] is None:
+    demonstration(example)  # says why there is none
+  return example["foil"]
 
 
 def final_answer(text: str) -> str:
@@ -320,7 +331,7 @@ def make_task(name: str, settings: own.RewardSettings) -> base.Task:
     load,
     prompt,
     demonstration,
-    None,
+    corrupt,
     verify,
     WEIGHTS,
     own.STYLES,
