@@ -182,6 +182,14 @@ def get_config() -> ml_collections.ConfigDict:
   run.seed = 0
   run.checkpoint_every = 50  # steps; the last step is always saved
   run.keep_checkpoints = 2  # newest ones
+  run.keep_best = 0  # also those of highest eval/accuracy; every evaluated step
+  #                    is then saved
+  run.keep_every = 0  # also those of steps that this divides; 0: none
+  run.non_finite_limit = 3  # steps in a row that are not finite before the run
+  #                           stops; 0: it never does
+  run.collapse_window = 10  # steps over which a collapse is looked for; 0: none
+  run.grace_s = 300.0  # from a signal to the end, saved or not; 0: no limit
+  run.accept_changes = False  # go on though the config means something else now
   run.samples_every = 25  # steps between samples/ files; 0: evaluations only
   run.tensorboard = True
   run.logger = ""  # wandb | trackio | both with a comma; "": neither

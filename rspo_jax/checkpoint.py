@@ -53,7 +53,11 @@ _PLAIN_CAUSES = (
 
 
 class CheckpointError(Exception):
-  """A checkpoint could not be written, or does not fit what is asked of it."""
+  """A checkpoint could not be written, or none can be read."""
+
+
+class CheckpointMismatch(CheckpointError):
+  """A good checkpoint does not fit what is asked of it: a caller's mistake."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,8 +206,9 @@ class Checkpointer:
       checkpoint at all (or none of `step`).
 
     Raises:
-      CheckpointError: every checkpoint is damaged, or the good one was saved
-        from another tree, other shapes or dtypes.
+      CheckpointError: every checkpoint is damaged.
+      CheckpointMismatch: the good one was saved from another tree, other
+        shapes or dtypes.
     """
     self.wait()
     chosen, messages = self._choose(step)
@@ -551,7 +556,7 @@ def _check_leaves(
     parts.append(f"it also holds {_some(surplus)}")
   if changed:
     parts.append(f"these differ: {_some(sorted(changed))}")
-  raise CheckpointError(
+  raise CheckpointMismatch(
     f"Checkpoint {path} was saved from another model or optimizer: "
     + "; ".join(parts)
     + ". Run with the config that made it, or in another workdir."

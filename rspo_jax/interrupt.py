@@ -6,20 +6,26 @@ back to the interpreter, which a compilation or a long device computation can
 put off for minutes. So the bytes that Python's C handler writes for every
 signal (`signal.set_wakeup_fd`) are read by a thread of our own, which sets the
 flag and ends the process without the main thread's help.
+
+Two more ways out need no second signal: inside `expendable`, where nothing
+would be lost, the first one ends the process; and `grace_s` after the first
+one it ends whether the loop has saved or not (a kill would come next).
 """
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Some launchers signal both the process and its group: the same request twice.
 _SAME_REQUEST_S = 0.1
+_INTERRUPTED = 75
 
 
 class Interrupt:
@@ -30,14 +36,23 @@ class Interrupt:
   SIGTERM for itself.
   """
 
-  def __init__(self, notify: Callable[[str], Any] | None = None):
+  def __init__(
+    self,
+    notify: Callable[[str, bool], Any] | None = None,
+    grace_s: float = 0.0,
+  ):
     """Prepares.
 
     Args:
-      notify: called once, from another thread, with the signal's name; for a
-        message that should not wait for the end of a long stage.
+      notify: called once, from another thread, with the signal's name and
+        whether the process ends at once; for a message that should not wait
+        for the end of a long stage.
+      grace_s: seconds from the first signal to the end of the process with
+        status 75, unless the context was left before; 0: no limit.
     """
     self._notify = notify
+    self._grace_s = grace_s
+    self._expendable = False
     self._name: str | None = None
     self._first_s = 0.0
     self._told = False
@@ -55,6 +70,18 @@ class Interrupt:
   def signal_name(self) -> str | None:
     """Name of the first signal, such as "SIGTERM"."""
     return self._name
+
+  @contextlib.contextmanager
+  def expendable(self) -> Iterator[None]:
+    """Inside, a first signal ends the process at once with status 75.
+
+    For a compilation before anything has happened that is not on disk.
+    """
+    self._expendable = True
+    try:
+      yield
+    finally:
+      self._expendable = False
 
   def agreed(self, step: int) -> bool:
     """Whether any process was asked to stop; the same answer for all.
@@ -121,7 +148,16 @@ class Interrupt:
 
   def _watch(self, reader: socket.socket) -> None:
     """Counts signals as they arrive, until the other end is closed."""
-    while data := reader.recv(64):
+    while True:
+      if self._told and self._grace_s:
+        left_s = self._first_s + self._grace_s - time.monotonic()
+        reader.settimeout(max(left_s, 1e-3))
+      try:
+        data = reader.recv(64)
+      except TimeoutError:
+        _end(_INTERRUPTED)
+      if not data:
+        return
       for number in data:
         if number in _SIGNALS:
           self._count(number)
@@ -132,16 +168,19 @@ class Interrupt:
       self._told = True
       self._first_s = now
       name = signal.Signals(number).name
+      at_once = self._expendable
       self._name = self._name or name
       if self._notify is not None:
-        self._notify(name)
+        self._notify(name, at_once)
+      if at_once:
+        _end(_INTERRUPTED)
     elif now - self._first_s >= _SAME_REQUEST_S:
-      _end(number)
+      _end(128 + number)
 
 
-def _end(number: int) -> None:
+def _end(status: int) -> None:
   """Leaves at once; a save under way is one that never counted."""
   if sys.stdout is not None and sys.stdout.isatty():
     # A live progress line hides the cursor.
     os.write(1, b"\x1b[?25h\n")
-  os._exit(128 + number)
+  os._exit(status)

@@ -425,3 +425,12 @@ def merged(program: Program, trained) -> hf_weights.Model:
       out_shardings=jax.tree.map(lambda x: x.sharding, program.model.params),
     )(program.frozen.base, trained)
   return dataclasses.replace(program.model, params=trained)
+
+
+@jax.jit
+def is_finite(state) -> jax.Array:
+  """bool []: whether every number of a state is finite."""
+  leaves = [
+    x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)
+  ]
+  return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in leaves]))

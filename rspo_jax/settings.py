@@ -68,6 +68,12 @@ class RunSettings:
   seed: int
   checkpoint_every: int
   keep_checkpoints: int
+  keep_best: int
+  keep_every: int
+  non_finite_limit: int
+  collapse_window: int
+  grace_s: float
+  accept_changes: bool
   samples_every: int
   tensorboard: bool
   logger: str
@@ -158,6 +164,11 @@ _NOT_NEGATIVE = (
   "run.seed",
   "run.samples_every",
   "run.profile",
+  "run.keep_best",
+  "run.keep_every",
+  "run.non_finite_limit",
+  "run.collapse_window",
+  "run.grace_s",
   "data.seed",
 )
 # (low, high, whether high is allowed).
@@ -463,6 +474,12 @@ def build(config, devices: int, planning: bool = False) -> Settings:
       "model.path='' names no checkpoint, and reinforcement learning needs "
       f"one; give a folder or one of "
       f"{', '.join(EMBEDDED + name for name in embedded_names())}."
+    )
+
+  if config.run.keep_best and config.eval.split == "test":
+    raise ValueError(
+      f"run.keep_best={config.run.keep_best} would choose by eval.split='test',"
+      " which is for the end; use eval.split='validation', or keep_best=0."
     )
 
   eval_length = (
@@ -820,6 +837,12 @@ def _nearest_divisor(number: int, wish: int) -> int:
 FREE_KEYS = (
   "run.checkpoint_every",
   "run.keep_checkpoints",
+  "run.keep_best",
+  "run.keep_every",
+  "run.non_finite_limit",
+  "run.collapse_window",
+  "run.grace_s",
+  "run.accept_changes",
   "run.samples_every",
   "run.tensorboard",
   "run.logger",
@@ -889,7 +912,8 @@ def check_workdir(workdir: str, config: dict, mode: str) -> None:
       + f" (Local copies go to {folder}.)"
       * home.in_bucket
     ) from error
-  if before is not None and mode == "train":
+  accepted = config["run"]["accept_changes"]
+  if before is not None and mode == "train" and not accepted:
     check_same_run(before, config, workdir)
 
 
@@ -967,24 +991,29 @@ def _defaults() -> dict[str, Any]:
   return flat(base.get_config().to_dict())
 
 
+def changed_keys(old: dict, new: dict) -> list[str]:
+  """Keys in which two configs differ that change the meaning of a run."""
+  before, after = flat(old), flat(new)
+  # Keys that have come since the run began stood at their defaults then.
+  before |= {k: v for k, v in _defaults().items() if k in after.keys() - before}
+  return [
+    f"{key}={after.get(key)!r} (was {before.get(key)!r})"
+    for key in sorted(before.keys() | after.keys())
+    if key not in FREE_KEYS and before.get(key) != after.get(key)
+  ]
+
+
 def check_same_run(old: dict, new: dict, workdir: str) -> None:
   """Refuses to continue a run under a config that means something else.
 
   Raises:
     ValueError: names the keys that differ.
   """
-  before, after = flat(old), flat(new)
-  # Keys that have come since the run began stood at their defaults then.
-  before |= {k: v for k, v in _defaults().items() if k in after.keys() - before}
-  changed = [
-    f"{key}={after.get(key)!r} (was {before.get(key)!r})"
-    for key in sorted(before.keys() | after.keys())
-    if key not in FREE_KEYS and before.get(key) != after.get(key)
-  ]
+  changed = changed_keys(old, new)
   if changed:
     more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
     raise ValueError(
       f"--workdir={workdir} holds a run with another config: "
       f"{', '.join(changed[:5])}{more}. Use another --workdir, or the config "
-      "of that run."
+      "of that run; --config.run.accept_changes=true goes on with the new one."
     )

@@ -25,9 +25,11 @@ import numpy as np
 from flax import linen as nn
 
 from rspo_jax import (
+  collapse,
   data,
   environment,
   evaluate,
+  incident,
   metrics,
   mirror,
   objectives,
@@ -43,7 +45,11 @@ from rspo_jax import (
 )
 from rspo_jax import program as program_lib
 from rspo_jax import settings as settings_lib
-from rspo_jax.checkpoint import Checkpointer, CheckpointError
+from rspo_jax.checkpoint import (
+  Checkpointer,
+  CheckpointError,
+  CheckpointMismatch,
+)
 from rspo_jax.interrupt import Interrupt
 from rspo_jax.models import hf_adapters, hf_weights
 
@@ -60,12 +66,13 @@ FAULTS = (
   metrics.MetricsError,
   mirror.MirrorError,
   CheckpointError,
+  incident.IncidentError,
   workers.WorkersError,
 )
 
 
 class Interrupted(Exception):
-  """A signal came during an evaluation, which is given up."""
+  """A signal came amid an evaluation or a step, which is given up."""
 
 
 def _prompts(
@@ -167,6 +174,10 @@ class Run:
     self.main_process = jax.process_index() == 0
     self.state = None
     self.step = 0
+    self.saved_step = -1  # step of the newest save, under way or done
+    self.amid_updates = False  # the state is between that of two steps
+    self.tally = incident.Tally()
+    self.watch = collapse.Watch()
     self.seconds: dict[str, float] = {}
     self.computed = 0.0  # forwards of one whole sequence, since the start
     self.lambda_ = self.settings.objective.lambda_
@@ -192,8 +203,13 @@ class Run:
       stack.enter_context(self.program.mesh)
       stack.enter_context(nn.logical_axis_rules(sharding.RULES))
       if name not in self._seen:
+        # Nobody can break a compilation off: the last moment to do without.
+        self.stop_if_asked()
         self._seen.add(name)
         stack.enter_context(self.writer.phase(f"compiling {name}"))
+        saved = self.step in (0, self.saved_step) and not self.amid_updates
+        if saved and jax.process_count() == 1:
+          stack.enter_context(self.interrupt.expendable())
         start = time.perf_counter()
         out = jax.block_until_ready(fn(*args))
         self.compiling_s += time.perf_counter() - start
@@ -294,8 +310,8 @@ class Run:
     return fn
 
   def stop_if_asked(self, *_) -> None:
-    """Gives an evaluation up; several processes see theirs through."""
-    if jax.process_count() == 1 and self.interrupt.requested:
+    """Gives an evaluation or a step up; all processes do or none."""
+    if not self.amid_updates and self.interrupt.agreed(self.step):
       raise Interrupted
 
   def prompt_text(self, index: int) -> str:
@@ -358,6 +374,7 @@ class Run:
       )
       host_tokens = sharding.local_rows(out.tokens)
       ended = sharding.local_rows(out.completion_mask)
+    self.stop_if_asked()
     early = None
     if not settings.skip_equal_groups:
       # Nothing about these scores depends on the rewards: the device works on
@@ -387,6 +404,7 @@ class Run:
     pending = early[1] if early is not None else []
     if not all(x.is_ready() for one in pending for x in one.arrays):
       watch.overlapped_s = watch.seconds["time/reward_s"]
+    self.stop_if_asked()
     values = rollout_metrics(
       judged,
       ended,
@@ -585,10 +603,15 @@ class Run:
       scores.old,
       self.program.frozen,
     )
+    self.amid_updates = True
     return {k: float(v) for k, v in jax.device_get(values).items()}
 
   def train_one(self, batches) -> dict[str, float]:
-    """One step; returns its metrics as floats."""
+    """One step; returns its metrics as floats.
+
+    Raises:
+      Interrupted: a signal came; the state is that before the step.
+    """
     start, compiled_s = time.perf_counter(), self.compiling_s
     watch = Stopwatch()
     if self.settings.supervised:
@@ -609,18 +632,33 @@ class Run:
       updates = [self.update(batch, one, i) for i, one in enumerate(scores)]
     self.step += 1
     values = mean_of_updates(updates) | values
+    before = self.computed
     self.count_compute(batch, values)
-    self.follow_lambda(values)
-    every = self.settings.reference_every
-    if every and self.step % every == 0:
-      self.state = self.call("refreshing", self.program.refresh_fn, self.state)
+    bad = incident.not_finite(values)
+    values |= self.tally.count(bad, values, self.computed - before)
+    if bad:
+      self.write_incident(bad, values, batch, scores)
+    else:
+      self.follow_lambda(values)
+      every = self.settings.reference_every
+      if every and self.step % every == 0:
+        self.state = self.call(
+          "refreshing", self.program.refresh_fn, self.state
+        )
+      for warning in self.watch.see(
+        values,
+        self.settings.run.collapse_window,
+        self.settings.rollout.group_size,
+      ):
+        self.writer.warn(f"Step {self.step}: {warning}")
+    self.amid_updates = False
     values |= watch.seconds
     values["time/step_s"] = time.perf_counter() - start
     spent = {k: v for k, v in values.items() if k.startswith("time/")}
     values["time/host_share"] = watch.host_share(values["time/step_s"])
     spent["first_calls"] = self.compiling_s - compiled_s
     for key, value in spent.items():
-      self.seconds[key] = self.seconds.get(key, 0.0) + value
+      self.count_seconds(key, value)
     return values
 
   def count_compute(self, batch, values) -> None:
@@ -688,6 +726,61 @@ class Run:
         "names the cause."
       )
 
+  def count_seconds(self, key: str, value: float) -> None:
+    """Adds to what the run has spent on something."""
+    self.seconds[key] = self.seconds.get(key, 0.0) + value
+
+  def check_state(self) -> None:
+    """Refuses to save numbers that are not finite.
+
+    Raises:
+      incident.IncidentError: an update overflowed; checkpoints are left alone.
+    """
+    if not program_lib.is_finite(self.state):
+      raise incident.IncidentError(
+        f"After step {self.step} parameters or moments are not finite: nothing "
+        "is saved over the earlier checkpoints. Lower optimizer.learning_rate "
+        "or optimizer.clip_norm."
+      )
+
+  def write_incident(self, bad, values, batch, scores) -> None:
+    """Keeps what a step that is not finite was made of."""
+    folder = incident.folder_of(self.workdir, self.step)
+    seed, before = self.settings.run.seed, self.step - 1
+    arrays = {"batch": batch, "scores": [vars(each) for each in scores]}
+    tokens = sharding.local_rows(batch.tokens)
+    seen = sharding.local_rows(batch.token_mask)
+    message = incident.write(
+      folder,
+      {
+        "step": self.step,
+        "not_finite": incident.encode(bad),
+        "metrics": incident.encode(values),
+        "in_a_row": self.tally.in_a_row,
+        "processes": jax.process_count(),
+        "seed": seed,
+        "keys": {
+          name: jax.random.key_data(
+            train_step.stream_key(seed, before, stream)
+          ).tolist()
+          for name, stream in (
+            ("rollout", train_step.ROLLOUT),
+            ("masks", train_step.MASKS),
+          )
+        },
+        "texts": self.program.to_text(tokens, seen),
+      },
+      arrays,
+    )
+    names = sorted(bad, key=lambda key: ("/" in key, key))
+    listed = ", ".join(f"{name} = {bad[name]}" for name in names)
+    applied = values.get("update/applied", 0.0)
+    self.writer.warn(
+      f"Step {self.step} is not finite: {listed}. It was "
+      f"{'applied all the same' if applied else 'not applied'}; "
+      + (message or f"its inputs and keys are in {folder}.")
+    )
+
   def export(self) -> None:
     """Writes model/ in the Hugging Face layout, and adapter/ in PEFT's."""
     program, trained = self.program, self.state.params
@@ -726,10 +819,11 @@ def rollout_metrics(
       has_eos,
       np.repeat(distinct, group),
       judged.unjudged,
+      [not text.strip() for text in judged.texts],
     ],
     axis=1,
   ).astype(np.float32)
-  rewards, correct, length, eos, distinct, unjudged = (
+  rewards, correct, length, eos, distinct, unjudged, empty = (
     sharding.gather_rows(table).astype(np.float64).T
   )
   return {
@@ -742,6 +836,7 @@ def rollout_metrics(
     "reward/no_verdict": float(unjudged.mean()),
     "rollout/length_mean": float(length.mean()),
     "rollout/eos_share": float(eos.mean()),
+    "rollout/empty_share": float(empty.mean()),
     "rollout/distinct_share": float(distinct.mean()),
   }
 
@@ -786,9 +881,8 @@ def main(config, workdir: str, mode: str) -> int:
     settings = settings_lib.build(config, jax.device_count())
     settings_lib.check_workdir(workdir, resolved, mode)
     home = mirror.Home(workdir)
-    summary = home.address / SUMMARY
-    if mode == "train" and summary.exists():
-      print(f"This run is finished: {summary}")
+    if mode == "train" and _is_finished(home.address, settings.run.steps):
+      print(f"This run is finished: {home.address / SUMMARY}")
       return DONE
     _cache(settings.run.compilation_cache)
   except ValueError as error:
@@ -806,11 +900,15 @@ def main(config, workdir: str, mode: str) -> int:
     stream=sys.stderr if evaluating else sys.stdout,
   )
 
-  def notify(name: str) -> None:
-    then = "stopping" if evaluating else "saving after this step, then stopping"
+  def notify(name: str, at_once: bool) -> None:
+    then = "saving what is there, then stopping"
+    if evaluating or at_once:
+      then = "stopping"
+    if at_once and not evaluating:
+      then += "; nothing is lost, the same command goes on from here"
     writer.warn(f"{name}: {then}.")
 
-  with writer, Interrupt(notify) as interrupt:
+  with writer, Interrupt(notify, settings.run.grace_s) as interrupt:
     status = _guarded(settings, home, writer, interrupt, resolved, mode)
   if jax.process_index() == 0:
     # What came after the last save, or says why the run ended.
@@ -820,6 +918,23 @@ def main(config, workdir: str, mode: str) -> int:
       writer.fail(error)
       return FAULT
   return status
+
+
+def _is_finished(folder, steps: int) -> bool:
+  """Whether a run has done all its steps.
+
+  Raises:
+    ValueError: its summary cannot be read.
+  """
+  path = folder / SUMMARY
+  if not path.exists():
+    return False
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["steps"] >= steps
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path} cannot be read ({error}); delete it to have it written again."
+    ) from error
 
 
 def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
@@ -845,7 +960,7 @@ def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
     if mode == "eval":
       return evaluate_only(run, source)
     return train(run, batches)
-  except data.DataError as error:
+  except (data.DataError, CheckpointMismatch) as error:
     writer.fail(error)
     return MISTAKE
   except FAULTS as error:
@@ -868,13 +983,12 @@ def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
 
 
 def _open_workdir(run: Run) -> None:
-  """Makes the folder of a run and puts its config there."""
+  """Makes the folder of a run; one that is new gets its config."""
   if run.main_process:
     brought = run.home.pull()
     run.workdir.mkdir(parents=True, exist_ok=True)
-    write_json(run.workdir / settings_lib.CONFIG, run.config)
-    write_json(run.workdir / ENVIRONMENT, environment.describe())
-    _open_trackers(run)
+    if settings_lib.read_config(run.workdir) is None:
+      write_json(run.workdir / settings_lib.CONFIG, run.config)
     if run.home.in_bucket:
       run.writer.say(
         f"Local copies in {run.workdir}; {brought} files came from the bucket."
@@ -926,6 +1040,28 @@ def _open_trackers(run: Run) -> None:
   )
 
 
+def _take_config(run: Run) -> None:
+  """Puts config and environment of this part of a run in its folder.
+
+  One that the run had before, and that meant something else, is kept under
+  the name of the step up to which it was in force.
+  """
+  if not run.main_process:
+    return
+  before = settings_lib.read_config(run.workdir)
+  changed = settings_lib.changed_keys(before, run.config)
+  if changed:
+    run.writer.warn(
+      f"From step {run.step} on the run has another config: "
+      f"{', '.join(changed)}."
+    )
+    write_json(run.workdir / f"config-until-{run.step:06d}.json", before)
+  if before != run.config:
+    write_json(run.workdir / settings_lib.CONFIG, run.config)
+  write_json(run.workdir / ENVIRONMENT, environment.describe())
+  _open_trackers(run)
+
+
 def _batches(run: Run):
   """Training batches, indexable by step: a function of (seed, step).
 
@@ -970,18 +1106,25 @@ def train(run: Run, batches) -> int:
   settings, writer = run.settings, run.writer
   steps, every = settings.run.steps, settings.eval.every
   checkpointer = Checkpointer(
-    run.home.address / "checkpoints", keep_last=settings.run.keep_checkpoints
+    run.home.address / "checkpoints",
+    keep_last=settings.run.keep_checkpoints,
+    keep_every=settings.run.keep_every or None,
+    keep_best=settings.run.keep_best,
   )
   with checkpointer, contextlib.closing(batches):
-    saved, pending = _restore(run, checkpointer)
+    pending = _restore(run, checkpointer)
+    _take_config(run)
 
-    def save():
-      nonlocal saved
-      if saved != run.step:
-        # First: a checkpoint must not know rows that the bucket does not have.
-        run.mirror()
-        checkpointer.save(run.step, run.state, _extra(run, pending))
-        saved = run.step
+    def save(score=None):
+      if run.saved_step == run.step:
+        return
+      start = time.perf_counter()
+      run.check_state()
+      # First: a checkpoint must not know rows that the bucket does not have.
+      run.mirror()
+      checkpointer.save(run.step, run.state, _extra(run, pending), score)
+      run.saved_step = run.step
+      run.count_seconds("time/save_s", time.perf_counter() - start)
 
     profile = profiler.Profiler(
       run.workdir / "profile",
@@ -992,6 +1135,7 @@ def train(run: Run, batches) -> int:
     while True:
       last = run.step == steps
       if pending is not None:
+        score = None
         if run.step in (0, steps) or (every and run.step % every == 0):
           if run.interrupt.agreed(run.step):
             break
@@ -1000,14 +1144,31 @@ def train(run: Run, batches) -> int:
             pending |= run.evaluate(stem)
           except Interrupted:
             break
-        writer.write(run.step, pending)
+          score = pending["eval/accuracy"]
+        try:
+          writer.write(run.step, pending)
+        except metrics.NonFiniteMetric:
+          # Said, and kept in incident/, when the step was made.
+          if not run.tally.in_a_row:
+            raise
         pending = None
-        if last or (run.step and run.step % settings.run.checkpoint_every == 0):
-          save()
+        limit = settings.run.non_finite_limit
+        if limit and run.tally.in_a_row >= limit:
+          _give_up(run, checkpointer)
+        scored = settings.run.keep_best and score is not None
+        if (
+          last
+          or scored
+          or (run.step and run.step % settings.run.checkpoint_every == 0)
+        ):
+          save(score)
       if last or run.interrupt.agreed(run.step):
         break
-      with profile.step():
-        pending = run.train_one(batches)
+      try:
+        with profile.step():
+          pending = run.train_one(batches)
+      except Interrupted:
+        break
     profile.close()
     if not last or pending is not None:
       save()
@@ -1016,6 +1177,39 @@ def train(run: Run, batches) -> int:
       return INTERRUPTED
   finish(run)
   return DONE
+
+
+def _give_up(run: Run, checkpointer: Checkpointer) -> None:
+  """Ends a run whose last steps were not finite, at its last good state.
+
+  Steps that are not applied leave parameters and moments alone, so the last
+  good state is still at hand, under a later number.
+
+  Raises:
+    incident.IncidentError: always.
+  """
+  count = run.tally.in_a_row
+  step = run.step - count
+  kept = "the checkpoints before them are kept"
+  if not run.tally.applied:
+    run.check_state()
+    # One update a step, or several.
+    updates = int(run.state.step)
+    behind = updates - updates * step // run.step
+    run.step = step
+    run.computed -= run.tally.wasted
+    run.tally.not_finite -= count
+    run.tally.in_a_row = run.tally.wasted = 0
+    if run.saved_step != step:
+      state = run.state.replace(step=run.state.step - behind)
+      checkpointer.save(step, state, _extra(run, None))
+    checkpointer.wait()
+    kept = f"the last good state, of step {step}, is saved"
+  raise incident.IncidentError(
+    f"{count} steps in a row up to step {step + count} were not finite; "
+    f"{kept}. What they were made of is in {run.workdir / incident.FOLDER}. "
+    "Look there for the culprit; run.non_finite_limit=0 goes on regardless."
+  )
 
 
 def _extra(run: Run, pending: dict | None) -> dict[str, Any]:
@@ -1027,7 +1221,9 @@ def _extra(run: Run, pending: dict | None) -> dict[str, Any]:
     "seconds": run.seconds,
     "computed": run.computed,
     "lambda": run.lambda_,
-    "pending": pending,
+    "pending": incident.encode(pending),
+    "tally": dataclasses.asdict(run.tally),
+    "watch": dataclasses.asdict(run.watch),
   }
 
 
@@ -1035,31 +1231,41 @@ def _restore(run: Run, checkpointer: Checkpointer):
   """Sets the run to its newest good checkpoint, or to the start.
 
   Returns:
-    (step that is saved, or -1; values of the row that is still to be
-    written, or None).
+    Values of the row that is still to be written, or None.
+
+  Raises:
+    CheckpointMismatch: the run is past the last step that is asked for.
   """
   writer = run.writer
   restored = checkpointer.restore(run.program.state_template)
+  steps = run.settings.run.steps
   if restored is None:
     run.state = program_lib.fresh_state(run.program)
-    saved, pending, messages = -1, {}, writer.truncate_to(-1)
+    pending, messages = {}, writer.truncate_to(-1)
   else:
+    if restored.step > steps:
+      raise CheckpointMismatch(
+        f"run.steps={steps}, but the run has reached step {restored.step}; "
+        "use at least that, or another --workdir."
+      )
+    extra = restored.extra
     run.state, run.step = restored.state, restored.step
-    run.first_eval = restored.extra["first_eval"]
-    run.last_eval = restored.extra["last_eval"]
+    run.saved_step = restored.step
+    run.first_eval, run.last_eval = extra["first_eval"], extra["last_eval"]
+    run.seconds = extra["seconds"]
     # Absent in checkpoints of earlier versions.
-    run.by_difficulty = restored.extra.get("by_difficulty", [])
-    run.seconds = restored.extra["seconds"]
-    # Runs that began before these were kept have neither.
-    run.computed = restored.extra.get("computed", 0.0)
-    run.lambda_ = restored.extra.get("lambda", run.lambda_)
-    saved, pending = restored.step, restored.extra["pending"]
+    run.by_difficulty = extra.get("by_difficulty", [])
+    run.computed = extra.get("computed", 0.0)
+    run.lambda_ = extra.get("lambda", run.lambda_)
+    run.tally = incident.Tally(**extra.get("tally", {}))
+    run.watch = collapse.Watch(**extra.get("watch", {}))
+    pending = incident.decode(extra["pending"])
     rows = run.step - (pending is not None)
     messages = restored.messages + writer.truncate_to(rows)
-    writer.say(f"Going on from step {run.step} of {run.settings.run.steps}.")
+    writer.say(f"Going on from step {run.step} of {steps}.")
   for message in messages:
     writer.warn(message)
-  return saved, pending
+  return pending
 
 
 def finish(run: Run) -> None:
@@ -1174,6 +1380,7 @@ def _load_evaluated(run: Run) -> str:
       for message in restored.messages:
         run.writer.warn(message)
       run.state, run.step = restored.state, restored.step
+      run.saved_step = run.step
       return f"{folder} at step {restored.step}"
   if not path:
     raise ValueError(

@@ -551,8 +551,13 @@ def make_update(
     loss, metrics = total_loss(batch, masks, policy, reference, old)
     gradients = rounding.widen(gradients)
     norm = optax.global_norm(gradients)
+    applied = jnp.isfinite(loss) & jnp.isfinite(norm)
+    # A score that is not finite could cancel out of both.
+    for scores in (policy, reference):
+      if scores is not None:
+        applied &= jnp.isfinite(scores).all()
     # Without a kept sequence the gradient is 0, on which momentum would act.
-    applied = jnp.isfinite(loss) & jnp.isfinite(norm) & (batch.keep.sum() > 0)
+    applied &= batch.keep.sum() > 0
     before = (state.params, state.opt_state)
     wide_params, wide_moments = rounding.widen(before)
     steps, moments = optimizer.update(gradients, wide_moments, wide_params)

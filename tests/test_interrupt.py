@@ -41,7 +41,7 @@ def test_the_first_signal_sets_the_flag_and_handlers_come_back(name):
   number = signal.Signals[name]
   told = []
   before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
-  with Interrupt(notify=told.append) as interrupt:
+  with Interrupt(notify=lambda *said: told.append(said)) as interrupt:
     assert not interrupt.requested
     assert interrupt.signal_name is None
     assert not interrupt.agreed(0)
@@ -49,7 +49,7 @@ def test_the_first_signal_sets_the_flag_and_handlers_come_back(name):
     wait_until(lambda: interrupt.requested and told)
     assert interrupt.signal_name == name
     assert interrupt.agreed(1)
-  assert told == [name]
+  assert told == [(name, False)]
   after = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
   assert after == before
   assert signal.set_wakeup_fd(-1) == -1
@@ -137,7 +137,7 @@ import ctypes
 from rspo_jax.interrupt import Interrupt
 libc = ctypes.CDLL(None)
 lock = (ctypes.c_byte * 64)()
-with Interrupt(notify=lambda name: print("told", name, flush=True)):
+with Interrupt(lambda name, at_once: print("told", name, flush=True)):
   libc.pthread_mutex_init(lock, None)
   libc.pthread_mutex_lock(lock)
   print("ready", flush=True)
@@ -152,4 +152,60 @@ def test_both_signals_work_while_the_main_thread_is_away():
   time.sleep(0.15)
   child.send_signal(signal.SIGTERM)
   assert child.wait(timeout=5) == 143
+  child.communicate()
+
+
+# Nothing has happened yet that would have to be saved.
+EXPENDABLE = """
+import time
+from rspo_jax.interrupt import Interrupt
+told = lambda name, at_once: print("told", name, at_once, flush=True)
+with Interrupt(told) as interrupt:
+  with interrupt.expendable():
+    print("ready", flush=True)
+    time.sleep({first_s})
+  print("over", flush=True)
+  while not interrupt.requested:
+    time.sleep(0.01)
+raise SystemExit(3)
+"""
+
+
+def test_where_nothing_would_be_lost_one_signal_ends_the_process_with_75():
+  child = start(EXPENDABLE.format(first_s=60))
+  child.send_signal(signal.SIGTERM)
+  out, err = child.communicate(timeout=5)
+  assert (out, err, child.returncode) == ("told SIGTERM True\n", "", 75)
+
+
+def test_after_that_the_loop_is_asked_again():
+  child = start(EXPENDABLE.format(first_s=0))
+  assert child.stdout.readline() == "over\n"
+  child.send_signal(signal.SIGTERM)
+  out, _ = child.communicate(timeout=5)
+  assert (out, child.returncode) == ("told SIGTERM False\n", 3)
+
+
+GRACE = """
+import time
+from rspo_jax.interrupt import Interrupt
+with Interrupt(grace_s=0.3) as interrupt:
+  print("ready", flush=True)
+  time.sleep({busy_s})
+time.sleep(0.5)
+raise SystemExit(0)
+"""
+
+
+def test_when_its_time_is_up_a_process_ends_saved_or_not():
+  child = start(GRACE.format(busy_s=60))
+  start_s = time.monotonic()
+  child.send_signal(signal.SIGTERM)
+  assert child.wait(timeout=5) == 75
+  assert time.monotonic() - start_s > 0.25
+  child.communicate()
+  # Whoever left the context is done, and has all the time.
+  child = start(GRACE.format(busy_s=0.1))
+  child.send_signal(signal.SIGTERM)
+  assert child.wait(timeout=5) == 0
   child.communicate()

@@ -33,6 +33,8 @@ LEVELS = {
   "rspo_jax.chips": 0,
   "rspo_jax.flops": 0,
   "rspo_jax.hlo": 0,
+  "rspo_jax.incident": 0,
+  "rspo_jax.collapse": 0,
   "rspo_jax.models": 0,
   "rspo_jax.models.families": 0,
   "rspo_jax.tasks.base": 0,
@@ -101,6 +103,7 @@ PURE = (
   "rspo_jax.tasks.answers",
   "rspo_jax.train_step",
   "rspo_jax.rounding",
+  "rspo_jax.collapse",
 )
 IMPURE_MODULES = {
   "datetime",

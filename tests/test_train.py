@@ -3,13 +3,11 @@
 import itertools
 import json
 import math
-import os
 import pathlib
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import jax
 import numpy as np
@@ -18,17 +16,12 @@ import tiny_runs
 
 import rspo_jax
 from rspo_jax import main, train
-from rspo_jax.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KINDS = ("greedy", "sampled")
 STEPS = tiny_runs.SMALL["run.steps"]
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
-
-
-class CrashError(Exception):
-  """What ends a run without any of its own doing."""
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +56,6 @@ def supervised():
 def program(tiny):
   """The compiled program of the runs here (but the supervised ones)."""
   return tiny_runs.program_of(tiny("unused"))
-
-
-def newest(folder, program):
-  """The newest checkpoint of a run."""
-  with Checkpointer(folder / "checkpoints") as checkpointer:
-    return checkpointer.restore(program.state_template)
-
-
-def assert_same_run(folder, whole, program):
-  """Two runs left the same metrics, samples, parameters and moments."""
-  assert tiny_runs.repeatable(folder) == tiny_runs.repeatable(whole)
-  for name in ("samples", "model"):
-    one, other = tiny_runs.files(folder / name), tiny_runs.files(whole / name)
-    assert one == other
-  one, other = newest(folder, program), newest(whole, program)
-  assert one.step == other.step == STEPS
-  jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
 
 
 # What a run leaves behind.
@@ -298,7 +274,7 @@ def test_model_folder_holds_the_parameters_of_the_last_checkpoint(
 ):
   model = rspo_jax.load_model(whole / "model")
   assert model.tokenizer.decode(model.tokenizer.encode("1234")) == "1234"
-  state = newest(whole, program).state
+  state = tiny_runs.newest(whole, program).state
   jax.tree.map(np.testing.assert_array_equal, model.params, state.params)
   moved = jax.tree.map(
     lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()),
@@ -356,7 +332,7 @@ def test_the_same_command_elsewhere_gives_the_same_run(
   whole, tiny, tmp_path, program
 ):
   assert main.main(tiny(tmp_path / "again")) == 0
-  assert_same_run(tmp_path / "again", whole, program)
+  tiny_runs.assert_same_run(tmp_path / "again", whole, program)
 
 
 def test_tensorboard_shows_what_metrics_hold(whole):
@@ -384,30 +360,6 @@ def test_groups_with_equal_rewards_only_dilute_the_first_gradient(
 # Interruption.
 
 
-def disturb(monkeypatch, method, step, action):
-  """Does `action(run)` once, before a method is called at a step."""
-  original, left = getattr(train.Run, method), [action]
-
-  def wrapped(run, *args):
-    if run.step == step and left:
-      left.pop()(run)
-    return original(run, *args)
-
-  monkeypatch.setattr(train.Run, method, wrapped)
-
-
-def ask_to_stop(run):
-  """SIGTERM, as a scheduler sends it."""
-  os.kill(os.getpid(), signal.SIGTERM)
-  while not run.interrupt.requested:
-    time.sleep(1e-3)
-
-
-def crash(run):
-  """The end of the process, as far as the run can tell."""
-  raise CrashError(run.step)
-
-
 POINTS = [
   ("evaluate", 0),
   ("stop_if_asked", 0),
@@ -427,13 +379,13 @@ def test_a_run_that_was_asked_to_stop_goes_on_as_if_it_had_not_been(
   method, step, whole, tiny, tmp_path, monkeypatch, program, capsys
 ):
   folder = tmp_path / "run"
-  disturb(monkeypatch, method, step, ask_to_stop)
+  tiny_runs.disturb(monkeypatch, method, step, tiny_runs.ask_to_stop)
   assert main.main(tiny(folder)) == 75
   assert "the same command goes on" in capsys.readouterr().out
   assert not (folder / "summary.json").exists()
-  assert newest(folder, program).step in (step, step + 1)
+  assert tiny_runs.newest(folder, program).step in (step, step + 1)
   assert main.main(tiny(folder)) == 0
-  assert_same_run(folder, whole, program)
+  tiny_runs.assert_same_run(folder, whole, program)
 
 
 @pytest.mark.parametrize(
@@ -443,32 +395,32 @@ def test_a_run_that_crashed_goes_on_as_if_it_had_not(
   method, step, whole, tiny, tmp_path, monkeypatch, program
 ):
   folder = tmp_path / "run"
-  disturb(monkeypatch, method, step, crash)
-  with pytest.raises(CrashError):
+  tiny_runs.disturb(monkeypatch, method, step, tiny_runs.crash)
+  with pytest.raises(tiny_runs.CrashError):
     main.main(tiny(folder))
   assert main.main(tiny(folder)) == 0
-  assert_same_run(folder, whole, program)
+  tiny_runs.assert_same_run(folder, whole, program)
 
 
 def test_a_run_that_is_stopped_at_every_step_arrives_all_the_same(
   whole, tiny, tmp_path, monkeypatch, program
 ):
   for step in range(STEPS):
-    disturb(monkeypatch, "train_one", step, ask_to_stop)
+    tiny_runs.disturb(monkeypatch, "train_one", step, tiny_runs.ask_to_stop)
     assert main.main(tiny(tmp_path)) == 75
   assert main.main(tiny(tmp_path)) == 0
-  assert_same_run(tmp_path, whole, program)
+  tiny_runs.assert_same_run(tmp_path, whole, program)
 
 
 def test_a_supervised_run_goes_on_as_if_it_had_not_been_stopped(
   whole_supervised, tiny, tmp_path, monkeypatch
 ):
   argv = tiny(tmp_path, **supervised())
-  disturb(monkeypatch, "train_one", 2, ask_to_stop)
+  tiny_runs.disturb(monkeypatch, "train_one", 2, tiny_runs.ask_to_stop)
   assert main.main(argv) == 75
   assert main.main(argv) == 0
   program = tiny_runs.program_of(argv)
-  assert_same_run(tmp_path, whole_supervised, program)
+  tiny_runs.assert_same_run(tmp_path, whole_supervised, program)
   counts = program.compiled_programs()
   assert counts["update_fn"] == counts["greedy_fn"] == 1
   assert counts["rollout_fn"] == counts["estimate_fn"] == 0
@@ -490,14 +442,14 @@ def test_a_run_in_bfloat16_goes_on_as_if_it_had_not_been_stopped(
     )
 
   assert main.main(argv("whole")) == 0
-  disturb(monkeypatch, "train_one", 0, ask_to_stop)
+  tiny_runs.disturb(monkeypatch, "train_one", 0, tiny_runs.ask_to_stop)
   assert main.main(argv("run")) == 75
   assert main.main(argv("run")) == 0
   one, other = tmp_path / "run", tmp_path / "whole"
   assert tiny_runs.repeatable(one) == tiny_runs.repeatable(other)
   assert tiny_runs.files(one / "model") == tiny_runs.files(other / "model")
   model = rspo_jax.load_model(one / "model", "bfloat16")
-  state = newest(one, tiny_runs.program_of(argv("run"))).state
+  state = tiny_runs.newest(one, tiny_runs.program_of(argv("run"))).state
   assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"bfloat16"}
   jax.tree.map(np.testing.assert_array_equal, model.params, state.params)
 
@@ -520,7 +472,7 @@ def test_sigterm_ends_a_process_with_75_and_the_same_command_goes_on(
   process = subprocess.Popen(
     [sys.executable, "-m", "rspo_jax.main", *argv[1:]],
     cwd=ROOT,
-    env=environment(),
+    env=tiny_runs.environment(),
     stdout=subprocess.PIPE,
     text=True,
   )
@@ -532,18 +484,10 @@ def test_sigterm_ends_a_process_with_75_and_the_same_command_goes_on(
     rest = process.stdout.read()
   assert process.returncode == 75, rest
   assert "SIGTERM" in rest
-  assert [row["step"] for row in tiny_runs.rows(tmp_path / "run")] == [0, 1]
+  # The step was given up: nobody waits for a compilation.
+  assert [row["step"] for row in tiny_runs.rows(tmp_path / "run")] == [0]
   assert main.main(argv) == 0
-  assert_same_run(tmp_path / "run", whole, program)
-
-
-def environment(**extra):
-  """Environment of a process that computes as the tests do."""
-  return os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-    **extra,
-  }
+  tiny_runs.assert_same_run(tmp_path / "run", whole, program)
 
 
 # Damage and faults.
@@ -552,13 +496,13 @@ def environment(**extra):
 def test_a_damaged_checkpoint_is_passed_over_and_said(
   whole, tiny, tmp_path, monkeypatch, program, capsys
 ):
-  disturb(monkeypatch, "train_one", 4, crash)
-  with pytest.raises(CrashError):
+  tiny_runs.disturb(monkeypatch, "train_one", 4, tiny_runs.crash)
+  with pytest.raises(tiny_runs.CrashError):
     main.main(tiny(tmp_path))
   damage(tmp_path / "checkpoints" / "step_00000004")
   assert main.main(tiny(tmp_path)) == 0
   assert "step_00000004" in capsys.readouterr().out
-  assert_same_run(tmp_path, whole, program)
+  tiny_runs.assert_same_run(tmp_path, whole, program)
 
 
 def damage(checkpoint):
@@ -572,8 +516,8 @@ def damage(checkpoint):
 def test_a_run_without_any_good_checkpoint_stops_with_3(
   tiny, tmp_path, monkeypatch, capsys
 ):
-  disturb(monkeypatch, "train_one", 3, crash)
-  with pytest.raises(CrashError):
+  tiny_runs.disturb(monkeypatch, "train_one", 3, tiny_runs.crash)
+  with pytest.raises(tiny_runs.CrashError):
     main.main(tiny(tmp_path))
   damage(tmp_path / "checkpoints" / "step_00000002")
   before = tiny_runs.files(tmp_path)
@@ -595,9 +539,9 @@ def test_a_value_that_is_not_finite_stops_with_3_and_names_it(
   monkeypatch.setattr(train.Run, "train_one", poisoned)
   assert main.main(tiny(tmp_path)) == 3
   assert "Step 3 is not finite: loss = nan" in capsys.readouterr().err
-  assert newest(tmp_path, program).step == 2
+  assert tiny_runs.newest(tmp_path, program).step == 2
   assert main.main(tiny(tmp_path)) == 0
-  assert_same_run(tmp_path, whole, program)
+  tiny_runs.assert_same_run(tmp_path, whole, program)
 
 
 @pytest.mark.parametrize(
@@ -613,11 +557,11 @@ def test_a_full_disk_or_memory_stops_with_3(
   def fail(run):
     raise error
 
-  disturb(monkeypatch, "train_one", 3, fail)
+  tiny_runs.disturb(monkeypatch, "train_one", 3, fail)
   assert main.main(tiny(tmp_path)) == 3
   assert said in capsys.readouterr().err
   assert main.main(tiny(tmp_path)) == 0
-  assert_same_run(tmp_path, whole, program)
+  tiny_runs.assert_same_run(tmp_path, whole, program)
 
 
 # Other devices and processes.
@@ -645,7 +589,7 @@ def eight_devices(tiny, tmp_path_factory):
   subprocess.run(
     [sys.executable, "-c", DEVICES, json.dumps(argvs)],
     cwd=ROOT,
-    env=environment(
+    env=tiny_runs.environment(
       XLA_FLAGS="--xla_force_host_platform_device_count=8",
       PYTHONPATH=str(pathlib.Path(__file__).parent),
     ),

@@ -7,7 +7,10 @@ cells are right by luck), so that every step has a gradient.
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+import signal
+import time
 
 import numpy as np
 
@@ -222,3 +225,66 @@ def _assert_close(one, other):
     second = json.loads(second)
     # Targets are A / lambda, estimates differences of scores of order 1.
     assert json.loads(first) == pytest.approx(second, rel=1e-5, abs=1e-5)
+
+
+# What disturbs a run, and whether it shows.
+
+
+class CrashError(Exception):
+  """What ends a run without any of its own doing."""
+
+
+def disturb(monkeypatch, method, step, action):
+  """Does `action(run)` once, before a method is called at a step."""
+  from rspo_jax import train
+
+  original, left = getattr(train.Run, method), [action]
+
+  def wrapped(run, *args):
+    if run.step == step and left:
+      left.pop()(run)
+    return original(run, *args)
+
+  monkeypatch.setattr(train.Run, method, wrapped)
+
+
+def ask_to_stop(run):
+  """SIGTERM, as a scheduler sends it."""
+  os.kill(os.getpid(), signal.SIGTERM)
+  while not run.interrupt.requested:
+    time.sleep(1e-3)
+
+
+def crash(run):
+  """The end of the process, as far as the run can tell."""
+  raise CrashError(run.step)
+
+
+def newest(folder, program):
+  """The newest checkpoint of a run."""
+  from rspo_jax.checkpoint import Checkpointer
+
+  with Checkpointer(folder / "checkpoints") as checkpointer:
+    return checkpointer.restore(program.state_template)
+
+
+def assert_same_run(folder, whole, program):
+  """Two runs left the same metrics, samples, parameters and moments."""
+  assert repeatable(folder) == repeatable(whole)
+  for name in ("samples", "model"):
+    one, other = files(folder / name), files(whole / name)
+    assert one == other
+  import jax
+
+  one, other = newest(folder, program), newest(whole, program)
+  assert one.step == other.step == SMALL["run.steps"]
+  jax.tree.map(np.testing.assert_array_equal, one.state, other.state)
+
+
+def environment(**extra):
+  """Environment of a process that computes as the tests do."""
+  return os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    **extra,
+  }
