@@ -36,6 +36,7 @@ from rspo_jax import (
   processes,
   profiler,
   rollout,
+  room,
   scores,
   sharding,
   traces,
@@ -941,10 +942,13 @@ def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
   """Prepares and runs; what goes wrong becomes an exit status."""
   try:
     with writer.phase("preparing model and data"):
+      if mode == "train":
+        room.check_memory(settings)
       run = Run(program_lib.build(settings), home, writer, interrupt, resolved)
       if mode == "eval":
         source = _load_evaluated(run)
       else:
+        room.check_disk(settings, run.program.state_template, home.address)
         batches = _batches(run)
         _open_workdir(run)
   except mirror.MirrorError as error:

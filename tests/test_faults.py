@@ -14,8 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
+from flax import linen as nn
 
-from rspo_jax import collapse, incident, main, rollout, train, train_step
+from rspo_jax import (
+  collapse,
+  incident,
+  main,
+  rollout,
+  sharding,
+  train,
+  train_step,
+)
 from rspo_jax import program as program_lib
 from rspo_jax.checkpoint import Checkpointer
 
@@ -75,7 +84,9 @@ def test_a_step_that_is_not_finite_is_not_applied_and_can_be_computed_again(
     }
   )
   masks = jax.random.wrap_key_data(np.array(record["keys"]["masks"], np.uint32))
-  scores = program.estimate_fn(program.params, batch, masks)
+  again = sharding.put_global(program.mesh, batch)
+  with program.mesh, nn.logical_axis_rules(sharding.RULES):
+    scores = program.estimate_fn(program.params, again, masks)
   np.testing.assert_array_equal(scores, arrays["scores.0.reference"])
   prompts = np.array(batch.tokens)[:, : program.settings.prompt_length]
   texts = program.to_text(prompts, batch.token_mask[:, : prompts.shape[1]])

@@ -73,6 +73,7 @@ LEVELS = {
   "rspo_jax.settings": 3,
   "rspo_jax.evaluate": 3,
   "rspo_jax.program": 3,
+  "rspo_jax.room": 4,
   "rspo_jax.train": 4,
   "rspo_jax.api": 4,
   "rspo_jax.planner": 4,
