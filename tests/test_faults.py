@@ -9,13 +9,16 @@ import signal
 import threading
 import time
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
 from flax import linen as nn
+from hypothesis import strategies as st
 
+from benchmarks import kill
 from rspo_jax import (
   collapse,
   incident,
@@ -372,3 +375,57 @@ def test_what_the_state_cannot_follow_is_refused_all_the_same(
   assert main.main(command) == 2
   assert said in capsys.readouterr().err
   assert tiny_runs.files(folder) == before
+
+
+# Bytes that change while nobody looks.
+
+
+def test_a_run_goes_on_from_what_was_written_or_says_why_not(
+  whole, tiny, tmp_path, program, capsys
+):
+  half = shutil.copytree(whole, tmp_path / "half")
+  (half / "summary.json").unlink()
+  shutil.rmtree(half / "checkpoints" / "step_00000005")
+  names = sorted(
+    str(path.relative_to(half))
+    for part in ("checkpoints", "config.json")
+    for path in [half / part, *(half / part).rglob("*")]
+    if path.is_file() and path.stat().st_size
+  )
+
+  @hypothesis.settings(
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+    database=None,
+  )
+  @hypothesis.given(st.data())
+  def check(data):
+    folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(half, folder)
+    for name in data.draw(st.sets(st.sampled_from(names), min_size=1)):
+      path = folder / name
+      content = path.read_bytes()
+      at = data.draw(st.integers(0, len(content) - 1))
+      patch = data.draw(st.binary(max_size=8))
+      path.write_bytes(content[:at] + patch + content[at + 4 :])
+    capsys.readouterr()
+    status = main.main(tiny(folder))
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    if status == 0:
+      tiny_runs.assert_same_run(folder, whole, program)
+    else:
+      assert status in (2, 3)
+      assert said.err.startswith("error: ") and str(folder) in said.err
+
+  check()
+
+
+# Moments that nobody chose.
+
+
+def test_a_run_that_is_killed_at_random_moments_is_the_run_of_one_go(tmp_path):
+  found = kill.kills(kill.Setting(tmp_path), 2, seed=0)
+  assert found["kills"] == 2 and found["different"] == []

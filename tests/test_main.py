@@ -76,6 +76,12 @@ BAD_VALUES = [
   ("run.checkpoint_every", "0", "at least 1"),
   ("run.keep_checkpoints", "0", "at least 1"),
   ("run.samples_every", "-1", "negative"),
+  ("run.keep_best", "-1", "negative"),
+  ("run.keep_every", "-2", "negative"),
+  ("run.non_finite_limit", "-1", "negative"),
+  ("run.collapse_window", "-3", "negative"),
+  ("run.grace_s", "-1.0", "negative"),
+  ("run.accept_changes", "perhaps", "true or false"),
   ("optimizer.learning_rate", "fast", "a number"),
   ("optimizer.learning_rate", "nan", "finite"),
   ("optimizer.learning_rate", "inf", "finite"),
@@ -152,6 +158,10 @@ def test_a_value_that_cannot_be_is_refused_by_name(
 
 # Overrides that cannot be together, and what the message names.
 BAD_TOGETHER = [
+  (
+    {"run__keep_best": 1, "eval__split": "test"},
+    ("run.keep_best=1", "eval.split='test'", "'validation'"),
+  ),
   (
     {"sampler__block_length": 4, "sampler__steps": 7},
     ("sampler.steps=7", "use 4 or 8"),
@@ -459,6 +469,10 @@ def test_mistakes_end_a_process_with_2_within_5_seconds(tiny, broken, tmp_path):
   commands = [
     tiny(tmp_path / "run", model__path=broken),
     with_key(tiny(tmp_path / "run"), "rollout.promts", 3),
+    with_key(tiny(tmp_path / "run"), "run.steps", "many"),
+    with_key(tiny(tmp_path / "run"), "data.source", "nowhere.jsonl"),
+    [*tiny(tmp_path / "run"), "--config=configs/nothing.py"],
+    tiny("/proc/run"),
   ]
   for command in commands:
     done, cpu_s = run_process(*command[1:])
