@@ -58,26 +58,25 @@ def check_memory(settings: settings_lib.Settings) -> None:
 
 
 def check_disk(
-  settings: settings_lib.Settings, state: Any, workdir: str | os.PathLike
+  program: program_lib.Program, workdir: str | os.PathLike
 ) -> None:
   """Refuses a disk that the checkpoints of a run would fill.
 
   Args:
-    settings: the run.
-    state: what one checkpoint holds, arrays or shapes.
+    program: of the run.
     workdir: the run's folder, which need not exist; nothing is said of a
       bucket.
 
   Raises:
     ValueError: names need, room and remedies; in every process.
   """
-  failure = None
+  settings, failure = program.settings, None
   if "://" not in str(workdir):
-    one = tree_bytes(state)
+    one = tree_bytes(program.state_template)
     count = checkpoints_kept(settings.run) + 1  # one is being written
     need = count * one
     if settings.run.export:
-      need += tree_bytes(state.params)
+      need += tree_bytes(program.model.params)
     there = pathlib.Path(workdir) / "checkpoints"
     room = free_bytes(workdir) + _folder_bytes(there)
     if need > room:
@@ -111,8 +110,8 @@ def tree_bytes(tree: Any) -> int:
 def resident_bytes(program: program_lib.Program) -> int:
   """Bytes that one device holds from the first to the last step.
 
-  Initial parameters, state (parameters and moments), and a float32 gradient of
-  what is trained.
+  The reference, the state (what is trained and its moments), and a float32
+  gradient of what is trained.
   """
   gradient = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),

@@ -948,7 +948,7 @@ def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
       if mode == "eval":
         source = _load_evaluated(run)
       else:
-        room.check_disk(settings, run.program.state_template, home.address)
+        room.check_disk(run.program, home.address)
         batches = _batches(run)
         _open_workdir(run)
   except mirror.MirrorError as error:

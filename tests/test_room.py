@@ -77,10 +77,10 @@ def test_a_disk_that_the_checkpoints_would_fill_is_refused(
   assert "4 checkpoints" in error and "run.keep_checkpoints=3" in error
   assert not (tmp_path / "run").exists()
   monkeypatch.setattr(room, "free_bytes", lambda _: 4 * one + model)
-  room.check_disk(program.settings, state, tmp_path / "run")
+  room.check_disk(program, tmp_path / "run")
   # A run that goes on writes over what it has.
   monkeypatch.setattr(room, "free_bytes", lambda _: one + model)
-  room.check_disk(program.settings, state, whole)
+  room.check_disk(program, whole)
 
 
 def test_this_machine_has_memory_and_disk(tmp_path):
