@@ -18,7 +18,7 @@
 
 Compute is counted in denoiser forwards of a sequence: the sampler's calls, one
 per mask and score, and three per mask for the update (a backward pass costs
-two), where a run does not log `compute/forwards` itself.
+two), where a run does not log `compute/cumulative` itself.
 """
 
 import argparse
@@ -321,7 +321,7 @@ def with_compute(run: Run) -> list[dict[str, Any]]:
     if "loss" not in row and "time/step_s" not in row:
       of_step = 0.0  # an evaluation alone
     seconds += row.get("time/step_s") or 0.0
-    forwards += row.get("compute/forwards", of_step) or 0.0
+    forwards = row.get("compute/cumulative") or forwards + of_step
     row = row | {"x/seconds": seconds, "x/forwards": forwards}
     slope = row.get("calibration/slope")
     if slope is not None and lambda_:

@@ -117,6 +117,21 @@ class Browser:
       time.sleep(0.02)
     self.settle()
 
+  def busy_s(self, work):
+    """Seconds that the page's main thread computed; others' work is not."""
+
+    def spent():
+      metrics = self.send("Performance.getMetrics")["metrics"]
+      return {m["name"]: m["value"] for m in metrics}["TaskDuration"]
+
+    self.send("Performance.enable", timeDomain="threadTicks")
+    before = spent()
+    work()
+    after = spent()
+    self.send("Performance.disable")
+    # A new document may have begun to count anew.
+    return after - before if after > before else after
+
   def colours(self, dark):
     """Light or dark, as the system would prefer it."""
     self.send(

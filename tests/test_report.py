@@ -344,7 +344,8 @@ def test_forwards_count_rollout_scores_and_three_per_mask_of_an_update(
   # Half the groups dropped: they are sampled, not scored.
   half = {"update/kept_share": 0.5}
   assert forwards(extra=half) == 32 * (8 + 0.5 * 2 * (1 + 3)) * 5
-  assert forwards(extra={"compute/forwards": 7}) == 35
+  # What the run counted itself goes before.
+  assert forwards(extra={"compute/cumulative": 35.0}) == 35
 
 
 def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
@@ -538,8 +539,10 @@ def test_the_page_loads_without_complaint_and_draws_its_charts(browser, made):
   assert (
     browser.run("document.querySelectorAll('#scatter circle').length") == 96
   )
-  # Milliseconds from the request to everything drawn.
-  assert browser.run("performance.now()") < 10_000
+
+
+def test_a_page_of_twelve_runs_opens_in_a_second(browser, made):
+  assert browser.busy_s(lambda: browser.open(made)) < 1
 
 
 def test_the_table_sorts_by_click_and_by_key(browser, made):
@@ -641,6 +644,33 @@ def test_completions_are_text_filtered_and_played(browser, made):
   )
   # Two positions are committed, the others still masked.
   assert browser.run(hidden).count("▯") == pieces - 2
+
+
+def test_one_completion_is_played_forward_by_forward(browser, made):
+  browser.open(made)
+  stage = "document.querySelector('#denoising .stage')"
+  cells = f"[...{stage}.querySelectorAll('.cells > span')]"
+  written = f"{cells}.filter(c => !c.classList.contains('hidden-piece'))"
+  total = browser.run(f"{cells}.length")
+  assert browser.run(f"{written}.length") == total > 3
+  for step in (0, 2, total):
+    browser.run(
+      f"{{const slider = {stage}.querySelector('input'); slider.value = {step};"
+      "slider.dispatchEvent(new Event('input'))}"
+    )
+    # One position a forward, as the samples say; the newest stands out.
+    assert browser.run(f"{written}.length") == step
+    new = browser.run(f"{stage}.querySelectorAll('.new-piece').length")
+    assert new == (0 < step < total)
+  figures = browser.run(
+    f"{written}.map(c => c.querySelector('small').innerText)"
+  )
+  assert sorted(map(int, figures)) == list(range(1, total + 1))
+  browser.run("document.getElementById('play-all').click()")
+  browser.settle()
+  assert browser.run(f"{written}.length") < total
+  assert browser.run(f"{stage}.querySelector('button').innerText") == "stop"
+  assert browser.complaints() == []
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -828,6 +828,8 @@ function layTime() {
 // Completions.
 
 const FIRST_PAIRS = 6;
+// Names of special tokens, such as the end of the text: one mark instead.
+const SPECIAL = /^<\|?[\w ]+\|?>$/;
 const players = new Set();
 function layPairs() {
   const able = groups.map((group, i) => i).filter((i) =>
@@ -868,6 +870,7 @@ function layPairs() {
         el("code", {}, pair.prompt)),
       el("div", {class: "sides"}, side("before", pair.before),
         side("after", pair.after)));
+    layDenoising(kept.find((pair) => pair.before.pieces || pair.after.pieces));
     const more = el("button", {type: "button", onclick: () => {
       const rest = kept.slice(FIRST_PAIRS).map(article);
       more.replaceWith(...rest);
@@ -892,8 +895,37 @@ function side(when, sample) {
     el("div", {class: "reason"}, sample.reason));
 }
 
+// One completion large, before and after, played together.
+function layDenoising(pair) {
+  const place = $("denoising");
+  place.replaceChildren();
+  if (!pair) {
+    place.append(el("p", {class: "fine"},
+      "These samples do not tell which forward wrote which piece."));
+    return;
+  }
+  const stages = ["before", "after"].filter((when) => pair[when].pieces)
+    .map((when) => {
+      const cells = el("div", {class: "cells"});
+      const controls = player(pair[when], cells, true);
+      return {controls, node: el("div", {class: "stage"},
+        el("h3", {}, `${when}: ${pair[when].correct ? "right" : "wrong"}`),
+        cells, controls)};
+    });
+  const all = el("button", {type: "button", id: "play-all", onclick: () => {
+    for (const stage of stages) {
+      stage.controls.querySelector("button").click();
+    }
+  }}, "play both");
+  place.append(el("p", {}, `prompt ${pair.index}: `, el("code", {},
+    pair.prompt)), el("div", {class: "stages"},
+  ...stages.map((stage) => stage.node)), stages.length > 1 ? all : "",
+  el("p", {class: "fine"}, "Small figures: the forward that wrote the piece. " +
+    "The choice above picks the completion."));
+}
+
 // The denoising of one completion: pieces appear in the order of their commit.
-function player(sample, text) {
+function player(sample, text, large = false) {
   const steps = [...new Set(sample.commit_step)].sort((a, b) => a - b);
   const slider = el("input", {type: "range", min: "0", max: steps.length,
     value: steps.length, "aria-label": "denoising step"});
@@ -902,14 +934,20 @@ function player(sample, text) {
   const draw = () => {
     const at = Number(slider.value);
     say.textContent = `step ${at} of ${steps.length}`;
-    if (at === steps.length && timer === null) {
+    if (at === steps.length && timer === null && !large) {
       text.textContent = sample.text || "(empty)";
       return;
     }
-    text.replaceChildren(...sample.pieces.map((piece, i) => {
+    text.replaceChildren(...sample.pieces.map((raw, i) => {
+      const piece = SPECIAL.test(raw) ? "∎" : raw;
       const place = steps.indexOf(sample.commit_step[i]);
-      if (place >= at) return el("span", {class: "hidden-piece"}, "▯");
-      return el("span", {class: place === at - 1 ? "new-piece" : ""}, piece);
+      if (place >= at) {
+        return el("span", {class: "hidden-piece"}, large ? "" : "▯");
+      }
+      const node = el("span", {class: place === at - 1 && at < steps.length
+        ? "new-piece" : ""}, piece);
+      if (large) node.append(el("small", {}, String(sample.commit_step[i] + 1)));
+      return node;
     }));
   };
   const stop = () => {
