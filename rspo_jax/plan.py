@@ -187,8 +187,7 @@ def _set_completion(config, length: int, notes) -> None:
     if length % n == 0
   )
   blocks = length // block
-  each = sampler.steps or before
-  steps = max(round(each * length / before / blocks), 1) * blocks
+  steps = max(round(sampler.steps * length / before / blocks), 1) * blocks
   sampler.completion_length = length
   sampler.block_length, sampler.steps = block, steps
   notes.append(
@@ -214,7 +213,7 @@ def _set_sequences(config, total: int, shards: int, notes) -> None:
       f"--sequences={total} leaves no group of 2 or more whole on each of the "
       f"{shards} devices that share the batch; use --sequences={near}."
     )
-  size = min(possible, key=lambda size: (abs(size - group), -size))
+  size = min(possible, key=lambda size: (abs(size - group), size))
   if size != group:
     notes.append(
       f"{total} sequences on {shards} devices are no whole groups of "
@@ -282,7 +281,7 @@ def make_plan(
   devices = planner.topology_devices(topology)
   program = planner.abstract_program(settings, model, devices)
   described = planner.describe(program)
-  names = [name for name in names if name in described.arguments]
+  names = [name for name in names if name in described.functions]
   cache = None if options.no_cache else planner.cache_folder()
   held = described.resident.total
   if held > topology.chip.memory_bytes:
@@ -320,9 +319,8 @@ def _frame(settings, described, rows, notes) -> dict[str, Any]:
   learned = [rows[name] for name in ("update", "scores") if name in rows]
   ratio = None
   if all(row["flops"] for row in learned):
-    # Of two passes the policy's own scores are the price of exactness.
-    needed = {row["useful_flops"] for row in learned}
-    ratio = sum(row["flops"] * row["runs"] for row in learned) / sum(needed)
+    spent = sum(row["flops"] * row["runs"] for row in learned)
+    ratio = spent * described.program.mesh.size / described.needed
   return {
     "fits": all(row["fits"] for row in rows.values()),
     "chips": described.program.mesh.size,

@@ -39,7 +39,7 @@ from rspo_jax import chips, flops, hlo, objectives, sharding, train_step
 from rspo_jax import likelihood as likelihood_lib
 from rspo_jax import program as program_lib
 from rspo_jax import settings as settings_lib
-from rspo_jax.models import families, fresh, hf_weights, published
+from rspo_jax.models import families, fresh, hf_weights, lora, published
 
 # How thoroughly the compiler works: "O1" is several times faster and gives
 # memory within 2 %, but slower programs, so that their seconds say nothing.
@@ -73,21 +73,26 @@ class Described:
 
   Attributes:
     program: the run's Program on the abstract mesh.
+    functions: the jitted function of each program that a step calls.
     arguments: abstract arguments by program name.
     uses: names of the resident trees that each program is given.
     resident: what stays in memory.
     trips: turns of the loops whose bound is computed on the device.
     useful: FLOPs over the mesh that a program cannot do without.
+    needed: of update and scores together; the policy's scores of two passes
+      are the price of exactness and not in it.
     temporaries: bytes of what is known to be among a program's temporaries.
     runs: how often a step calls each program.
   """
 
   program: program_lib.Program
+  functions: dict[str, Any]
   arguments: dict[str, tuple]
   uses: dict[str, tuple[str, ...]]
   resident: Resident
   trips: dict[str, int]
   useful: dict[str, float]
+  needed: float
   temporaries: dict[str, dict[str, float]]
   runs: dict[str, int]
 
@@ -102,7 +107,7 @@ def chip_bytes(tree) -> float:
 
 
 @contextlib.contextmanager
-def _on(mesh):
+def on(mesh):
   """The context in which the loop calls jitted functions."""
   with mesh, nn.logical_axis_rules(sharding.RULES):
     yield
@@ -221,56 +226,110 @@ def describe(program: program_lib.Program) -> Described:
     rows,
   )
   state = program.state_template
-  rolled = (program.params, *prompts, key)
-  with _on(mesh):
-    completions = jax.eval_shape(program.rollout_fn, *rolled)
+  policy = program.policy(state.params)
+  with on(mesh):
+    completions = jax.eval_shape(program.rollout_fn, policy, *prompts, key)
     batch = place(jax.eval_shape(program.present_fn, completions), rows)
-    scored = (program.params, batch, key)
-    scores = place(jax.eval_shape(program.estimate_fn, *scored), rows)
   sequences, length = batch.tokens.shape
   micro = settings.step.micro_batch
-  passes = train_step.resolve_passes(
-    settings.step, settings.objective, sequences
+  two = (
+    train_step.resolve_passes(settings.step, settings.objective, sequences)
+    == "two"
   )
-  two = passes == "two"
+  objective = objectives.OBJECTIVES[settings.objective.name]
+  referenced = objective.uses_reference(settings.objective)
+  updates = settings.step.updates_per_rollout
+  ratio = objective.ratio and updates > 1
+  functions = {"update": program.update_fn, "rollout": program.rollout_fn}
+  # Adapted: policy and reference in one pass over the base they share.
+  pair = program.pair_fn is not None
+  if pair:
+    functions["scores"] = program.pair_fn
+    scored = (policy, batch, key)
+  else:
+    functions["scores"] = program.estimate_fn
+    scored = (program.params, batch, key)
+  with on(mesh):
+    scores = place(jax.eval_shape(functions["scores"], *scored), rows)
+  values = scores[0] if pair else scores
+  inside = pair and not two
   arguments = {
-    "update": (state, batch, key, scores, scores if two else None),
+    "update": (
+      state,
+      batch,
+      key,
+      values if referenced and not inside else None,
+      values if two else None,
+      values if ratio else None,
+      program.frozen,
+    ),
     "scores": scored,
-    "rollout": rolled,
+    "rollout": (policy, *prompts, key),
   }
-  uses = {
-    "update": ("weights", "moments"),
-    "scores": ("reference",),
-    "rollout": ("weights",),
+  spare = chip_bytes(state.reference)
+  if program.lora is None:
+    resident = {
+      "weights": chip_bytes(state.params),
+      "moments": chip_bytes(state.opt_state),
+      "reference": chip_bytes(program.params),
+    }
+    seen, scoring = ("weights",), ("reference",)
+  else:
+    resident = {
+      "frozen weights": chip_bytes(program.frozen),
+      "adapter": chip_bytes(state.params),
+      "moments": chip_bytes(state.opt_state),
+    }
+    seen = scoring = ("frozen weights", "adapter")
+  if spare:
+    resident["refreshed reference"] = spare
+  # As the loop calls them (train.Run.scores): where the update does not score
+  # the reference itself, its scores; of two passes, and of ratios, the
+  # policy's, which a pair gives along with them.
+  calls = updates * int(ratio or two)
+  if not pair:
+    calls += updates * int(referenced)
+  runs = {
+    "update": updates,
+    "scores": calls,
+    "rollout": int(not settings.supervised),
   }
-  resident = {
-    "weights": chip_bytes(state.params),
-    "moments": chip_bytes(state.opt_state),
-    "reference": chip_bytes(program.params),
-  }
-  referenced = objectives.OBJECTIVES[settings.objective.name].uses_reference
-  if settings.supervised:
-    del arguments["rollout"], uses["rollout"]
-  if not (referenced or two):
-    del arguments["scores"], uses["scores"]
   masks = settings.likelihood.masks
-  rows_scored = _head_rows(settings, sequences)
-  forward = flops.forward_flops(config, sequences * masks, length, rows_scored)
-  sampler = settings.sampler
-  shards = settings.step.shards
-  on_chip = micro // shards * masks * length * config.width
-  width = jnp.dtype(config.compute_dtype).itemsize
-  gradients = 4.0 * sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape))
-    for leaf in jax.tree.leaves(state.params)
+  head_rows = _head_rows(settings, sequences)
+  forward = flops.forward_flops(config, sequences * masks, length, head_rows)
+  adapter = 0.0
+  if program.lora is not None:
+    shapes = lora.kernel_shapes(config)
+    adapter = flops.adapter_flops(
+      [shapes[target] for target in program.lora.targets],
+      program.lora.rank,
+      sequences * masks * length,
+    )
+  learned = flops.useful_update(
+    config, sequences * masks, length, head_rows, adapter
   )
-  kept = {"gradients": gradients}
+  in_update = forward if inside else 0.0
+  sampler = settings.sampler
+  kept = {"gradients": chip_bytes(state.params)}
   if config.remat:
-    kept["layer inputs"] = on_chip * width * config.layers
+    kept["layer inputs"] = (
+      micro
+      // settings.step.shards
+      * masks
+      * length
+      * config.width
+      * jnp.dtype(config.compute_dtype).itemsize
+      * config.layers
+    )
   return Described(
     program=program,
+    functions={name: functions[name] for name, count in runs.items() if count},
     arguments=arguments,
-    uses=uses,
+    uses={
+      "update": (*seen, "moments", *(["refreshed reference"] if spare else ())),
+      "scores": scoring,
+      "rollout": seen,
+    },
     resident=Resident(resident),
     trips={
       "update": sequences // micro,
@@ -278,17 +337,16 @@ def describe(program: program_lib.Program) -> Described:
       "rollout": sampler.block_steps,
     },
     useful={
-      "update": flops.useful_update(
-        config, sequences * masks, length, rows_scored
-      ),
-      "scores": forward,
+      "update": learned + in_update,
+      "scores": 2 * forward + adapter if pair else forward,
       "rollout": sampler.steps
       * flops.forward_flops(
         config, sequences, length, sequences * sampler.block_length
       ),
     },
+    needed=updates * (learned + (forward if referenced else 0.0)),
     temporaries={"update": kept},
-    runs={"update": 1, "scores": int(referenced) + int(two), "rollout": 1},
+    runs=runs,
   )
 
 
@@ -308,20 +366,12 @@ def _head_rows(settings: settings_lib.Settings, sequences: int) -> int:
   return sequences * math.prod(masks.rows.shape)
 
 
-# Which function of the Program each planned program is.
-FUNCTIONS = {
-  "update": "update_fn",
-  "scores": "estimate_fn",
-  "rollout": "rollout_fn",
-}
-
-
 def compile_one(described: Described, name: str, level: str) -> dict[str, Any]:
   """Compiles one program for the mesh and measures it.
 
   Args:
     described: programs with their arguments.
-    name: key of `FUNCTIONS`.
+    name: key of `described.functions`.
     level: key of `LEVELS`.
 
   Returns:
@@ -330,10 +380,10 @@ def compile_one(described: Described, name: str, level: str) -> dict[str, Any]:
     None, "compile_s"}.
   """
   program = described.program
-  function = getattr(program, FUNCTIONS[name])
+  function = described.functions[name]
   trips = described.trips[name]
   start = time.process_time()
-  with _on(program.mesh):
+  with on(program.mesh):
     traced = function.trace(*described.arguments[name])
     lowered = traced.lower(lowering_platforms=("tpu",))
   executed = flops.executed(traced.jaxpr, trips)
@@ -421,7 +471,7 @@ def measure(
   Args:
     described: programs with their arguments.
     topology: the slice.
-    name: key of `FUNCTIONS`.
+    name: key of `described.functions`.
     level: key of `LEVELS`.
     cache: folder of the cache; None: none.
   """
@@ -493,7 +543,7 @@ def price(
   Args:
     described: programs with their arguments.
     topology: the slice.
-    name: key of `FUNCTIONS`.
+    name: key of `described.functions`.
     level: key of `LEVELS`; without optimisation seconds mean nothing.
     result: of `measure`; None where nothing was compiled.
   """
@@ -654,15 +704,15 @@ def estimate(described: Described, capacity_bytes: float) -> dict[str, Any]:
     working["update"]["saved activations"] = config.layers * layer(canvases)
   sizes = described.resident.bytes_by_name
   rows = {}
-  for name, arguments in described.arguments.items():
+  for name, function in described.functions.items():
     filled = {tree: sizes[tree] for tree in described.uses[name]}
     filled |= working[name]
     needed = sum(filled.values())
     beside = described.resident.total - sum(
       sizes[tree] for tree in described.uses[name]
     )
-    with _on(program.mesh):
-      traced = getattr(program, FUNCTIONS[name]).trace(*arguments)
+    with on(program.mesh):
+      traced = function.trace(*described.arguments[name])
     rows[name] = {
       "hbm_gb": needed / GB,
       "resident_gb": beside / GB,

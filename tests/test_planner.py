@@ -304,6 +304,7 @@ def described(useful):
   mesh = types.SimpleNamespace(size=4)
   return planner.Described(
     program=types.SimpleNamespace(mesh=mesh),
+    functions={},
     arguments={},
     uses={"update": ("weights", "moments")},
     resident=planner.Resident(
@@ -311,6 +312,7 @@ def described(useful):
     ),
     trips={"update": 1},
     useful={"update": useful},
+    needed=useful,
     temporaries={"update": {"gradients": 1e9}},
     runs={"update": 1},
   )
