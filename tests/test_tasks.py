@@ -807,7 +807,8 @@ class TestRecordings:
     # Processor time, halved: what two workers with a core each would take.
     assert len(rows) / (seconds() - started) * 2 >= 150
 
-  def test_hostile_completions(self, shared):
+  def test_hostile_completions(self, shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     for row in rows_of(shared / "fixtures/hostile/hostile.jsonl"):
       if row["task"] not in EXAMPLES:
         continue
@@ -825,6 +826,7 @@ class TestRecordings:
         fraction = row.get("expected_fraction")
         if fraction is not None:
           assert verdict.parts["accuracy"] == fraction, row["id"]
+    assert list(tmp_path.iterdir()) == []
 
   def test_published_files_load_whole(self, shared):
     for task, name, count in (
