@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import pathlib
 import random
+import re
 
 import pytest
 
-from rspo_jax import workers
+from rspo_jax import main, workers
 from rspo_jax.tasks import base, find, gym, own
 
 HERE = importlib.util.find_spec("reasoning_gym") is not None
@@ -115,9 +117,7 @@ class TestData:
     assert not set(prompts["train"]) & set(prompts["test"])
     assert not set(prompts["validation"]) & set(prompts["test"])
     # From the file that keeps them, and made again once that is damaged.
-    (kept,) = (gym.pathlib.Path(few.data_dir) / "reasoning_gym").rglob(
-      "*.jsonl"
-    )
+    (kept,) = (pathlib.Path(few.data_dir) / "reasoning_gym").rglob("*.jsonl")
     for damage in (lambda text: text, lambda text: text[:-20]):
       kept.write_text(damage(kept.read_text()))
       gym._examples.cache_clear()
@@ -249,3 +249,43 @@ def test_answers_of_a_generator_are_scored(name, tmp_path):
 def test_100_answers_of_every_generator_are_scored(name, tmp_path):
   assert len(generator_names()) >= 100
   assert check_generator(name, 8, 100, str(tmp_path)) == []
+
+
+@needs_gym
+@pytest.mark.slow
+def test_a_generator_is_imitated_and_trained_on(few, tmp_path, quick_runs):
+  root = pathlib.Path(__file__).resolve().parent.parent
+  values = {
+    "task.name": "reasoning_gym:spiral_matrix,min_n=2,max_n=2",
+    "data.dir": few.data_dir,
+    "data.prompt_length": 8,
+    "data.corrupt_share": 0.5,
+    "model.new.vocabulary": r"0 1 2 3 4 5 6 7 8 9 \s",
+    "model.new.pattern": ".",
+    "model.new.width": 32,
+    "model.new.heads": 2,
+    "model.new.kv_heads": 2,
+    "run.compilation_cache": "",
+  }
+
+  def run(config, folder, **changes):
+    keys = values | {k.replace("__", "."): v for k, v in changes.items()}
+    return main.main(
+      [
+        "rspo_jax",
+        f"--config={root}/configs/{config}.py:smoke",
+        f"--workdir={folder}",
+        *(f"--config.{key}={value}" for key, value in keys.items()),
+      ]
+    )
+
+  parent, folder = tmp_path / "parent", tmp_path / "run"
+  assert run("sft_countdown", parent) == 0
+  changes = {"model__path": parent / "model", "data__corrupt_share": 0.0}
+  assert run("countdown", folder, run__steps=2, **changes) == 0
+  for path in (folder / "samples").glob("*.jsonl"):
+    for line in path.open():
+      row = json.loads(line)
+      assert re.fullmatch(r"\d \d \d \d", row["prompt"])
+      assert row["verdict"]["parts"].keys() == {"score", "format"}
+      assert base.NO_VERDICT not in row["verdict"]["reason"]
