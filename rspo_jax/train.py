@@ -1118,6 +1118,7 @@ def train(run: Run, batches) -> int:
   with checkpointer, contextlib.closing(batches):
     pending = _restore(run, checkpointer)
     _take_config(run)
+    writer.debug(described(run))
 
     def save(score=None):
       if run.saved_step == run.step:
@@ -1173,6 +1174,7 @@ def train(run: Run, batches) -> int:
           pending = run.train_one(batches)
       except Interrupted:
         break
+      writer.debug(timed(run.step, pending))
     profile.close()
     if not last or pending is not None:
       save()
@@ -1181,6 +1183,33 @@ def train(run: Run, batches) -> int:
       return INTERRUPTED
   finish(run)
   return DONE
+
+
+def described(run: Run) -> str:
+  """What the debug level says before the first step."""
+  settings = run.settings
+  total = settings.rollout.prompts * settings.rollout.group_size
+  size = sum(x.size for x in jax.tree.leaves(run.state.params))
+  mesh = " x ".join(f"{k} {n}" for k, n in run.program.mesh.shape.items())
+  return (
+    f"{size:,} trained parameters on {jax.device_count()} "
+    f"{jax.devices()[0].device_kind} ({mesh}); {total} sequences a step in "
+    f"micro-batches of {settings.step.micro_batch}; prompts of "
+    f"{settings.prompt_length}, completions of "
+    f"{settings.sampler.completion_length} tokens"
+  )
+
+
+def timed(step: int, values: dict[str, float]) -> str:
+  """What the debug level says of a step: where its time went."""
+  phases = {
+    key[5:-2]: value
+    for key, value in values.items()
+    if key.startswith("time/") and key.endswith("_s")
+  }
+  total = phases.pop("step", 0.0)
+  split = ", ".join(f"{name} {s:.3f}" for name, s in phases.items())
+  return f"step {step}: {total:.3f} s ({split})"
 
 
 def _give_up(run: Run, checkpointer: Checkpointer) -> None:

@@ -1,9 +1,11 @@
 """Whole runs, tiny: what they leave behind, and that nothing can be lost."""
 
+import collections
 import itertools
 import json
 import math
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -339,6 +341,41 @@ def test_tensorboard_shows_what_metrics_hold(whole):
   events = b"".join(tiny_runs.files(whole / "tensorboard").values())
   for key in tiny_runs.rows(whole)[-1]:
     assert key == "step" or key.encode() in events
+
+
+def test_tensorboard_shows_distributions_and_completions(whole):
+  from tensorboardX.proto import event_pb2
+
+  found = collections.defaultdict(set)
+  for content in tiny_runs.files(whole / "tensorboard").values():
+    while content:  # length, checksum, event, checksum
+      size = int.from_bytes(content[:8], "little")
+      event = event_pb2.Event.FromString(content[12 : 12 + size])
+      content = content[16 + size :]
+      for value in event.summary.value:
+        kind = "histogram" if value.HasField("histo") else "other"
+        found[kind, value.tag].add(event.step)
+        if value.tag.startswith("samples/completions"):
+          text = value.tensor.string_val[0].decode()
+  steps = set(range(1, STEPS + 1))
+  for name in ("reward", "score/relative", "score/centred", "gap"):
+    assert found["histogram", name] == steps, name
+  (tag,) = [tag for _, tag in found if tag.startswith("samples/completions")]
+  assert found["other", tag] == steps
+  first = json.loads(
+    (whole / "samples" / f"train-{STEPS:06d}.jsonl").open().readline()
+  )
+  assert first["prompt"] in text and first["completion"] in text
+  assert "reward" in text
+
+
+def test_the_debug_level_tells_where_each_step_went(tiny, tmp_path, capsys):
+  command = tiny(tmp_path / "run", run__steps=1, run__log="debug")
+  assert main.main(command) == 0
+  said = capsys.readouterr().out
+  assert re.search(r"[\d,]+ trained parameters on 1 cpu", said)
+  assert "32 sequences a step in micro-batches of 16" in said
+  assert re.search(r"step 1: \d+\.\d+ s \(.*rollout \d+\.\d+", said)
 
 
 def test_groups_with_equal_rewards_only_dilute_the_first_gradient(
