@@ -79,6 +79,19 @@ sys.exit(main.main())
 """
 
 
+def start(argv, code=None, **environment) -> subprocess.Popen:
+  """Starts a process of a run."""
+  what = ["-c", code] if code else ["-m", "rspo_jax.main"]
+  return subprocess.Popen(
+    [sys.executable, *what, *argv[1:]],
+    cwd=ROOT,
+    env=tiny_runs.environment(**environment),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
 class Setting:
   """The tiny model and its puzzles in a folder, and how to run them."""
 
@@ -98,32 +111,21 @@ class Setting:
       **{"cache": self.folder / "compiled"} | OVERRIDES | overrides,
     )
 
-  def start(self, argv, code=None, **environment) -> subprocess.Popen:
-    """Starts a process of a run."""
-    what = ["-c", code] if code else ["-m", "rspo_jax.main"]
-    return subprocess.Popen(
-      [sys.executable, *what, *argv[1:]],
-      cwd=ROOT,
-      env=tiny_runs.environment(**environment),
-      stdout=subprocess.PIPE,
-      stderr=subprocess.STDOUT,
-      text=True,
-    )
 
-  def start_pair(self, argv) -> list[subprocess.Popen]:
-    """Starts a run of two processes."""
-    with socket.socket() as free:
-      free.bind(("localhost", 0))
-      port = free.getsockname()[1]
-    return [
-      self.start(
-        argv,
-        JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
-        JAX_NUM_PROCESSES="2",
-        JAX_PROCESS_ID=str(index),
-      )
-      for index in range(2)
-    ]
+def start_pair(argv) -> list[subprocess.Popen]:
+  """Starts a run of two processes."""
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  return [
+    start(
+      argv,
+      JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+      JAX_NUM_PROCESSES="2",
+      JAX_PROCESS_ID=str(index),
+    )
+    for index in range(2)
+  ]
 
 
 def finish(process: subprocess.Popen) -> None:
@@ -177,11 +179,11 @@ class Killer:
     self._stepping.set()
 
 
-def uninterrupted(setting: Setting, name: str, start) -> float:
+def uninterrupted(setting: Setting, name: str, begin) -> float:
   """Makes the run to compare with, twice; returns how long one takes warm."""
-  finish_all(start(setting.argv(name)))
+  finish_all(begin(setting.argv(name)))
   begun = time.monotonic()
-  finish_all(start(setting.argv(f"{name}-again")))
+  finish_all(begin(setting.argv(f"{name}-again")))
   return time.monotonic() - begun
 
 
@@ -197,45 +199,63 @@ def finish_all(processes: list[subprocess.Popen]) -> None:
     reader.join()
 
 
-def kills(setting: Setting, count: int, seed: int, pair: bool = False) -> dict:
+def kill_runs(begin, folder, whole, program, count: int, killer) -> dict:
   """Kills runs until there were `count` kills, and lets them arrive.
 
+  Args:
+    begin: name of a run -> its processes, started.
+    folder: where the runs are.
+    whole: folder of the run that nothing disturbed.
+    program: what its checkpoints belong to.
+    count: of kills.
+    killer: a `Killer`.
+
   Returns:
-    "kills", "runs", and "different": one line for each run that is not the
-    one that nothing disturbed.
+    "kills", "runs", "different": one line for each run that is not `whole`,
+    and how long the partners of killed processes stayed.
   """
-  program = tiny_runs.program_of(setting.argv("unused"))
-  name = "pair" if pair else "whole"
-
-  def start(argv):
-    return setting.start_pair(argv) if pair else [setting.start(argv)]
-
-  life_s = uninterrupted(setting, name, start)
-  whole = setting.folder / name
-  killer = Killer(random.Random(seed), life_s)
   done, runs, survivors_s, different = 0, 0, [], []
   while done < count:
-    folder = setting.folder / f"{name}-killed-{runs}"
+    name = f"{whole.name}-killed-{runs}"
     arrived = False
     while not arrived and done < count:
-      processes = start(setting.argv(folder.name))
+      processes = begin(name)
       if killer(processes):
         done += 1
         for other in processes:
           survivors_s += _end_of(other) if other.returncode is None else []
       else:
-        arrived = all(p.wait(timeout=60) == 0 for p in processes)
+        arrived = all(p.wait(timeout=600) == 0 for p in processes)
         if not arrived:
-          raise SystemExit(f"A run in {folder} ended by itself, not with 0.")
+          raise SystemExit(f"Run {name} ended by itself, not with 0.")
     if not arrived:
-      finish_all(start(setting.argv(folder.name)))
+      finish_all(begin(name))
     runs += 1
-    found = difference(folder, whole, program)
+    found = difference(folder / name, whole, program)
     different += [found] if found else []
   result = {"kills": done, "runs": runs, "different": different}
-  if pair:
+  if survivors_s:
     result["survivors_ended_after_s"] = [round(s, 1) for s in survivors_s]
   return result
+
+
+def kills(setting: Setting, count: int, seed: int, pair: bool = False) -> dict:
+  """`kill_runs` of one process, or of two of which one is killed."""
+  program = tiny_runs.program_of(setting.argv("unused"))
+  name = "pair" if pair else "whole"
+
+  def begin(argv):
+    return start_pair(argv) if pair else [start(argv)]
+
+  life_s = uninterrupted(setting, name, begin)
+  return kill_runs(
+    lambda name: begin(setting.argv(name)),
+    setting.folder,
+    setting.folder / name,
+    program,
+    count,
+    Killer(random.Random(seed), life_s),
+  )
 
 
 def _end_of(process: subprocess.Popen, patience_s: float = 30.0) -> list[float]:
@@ -263,7 +283,7 @@ def shard(setting: Setting) -> dict:
   program = tiny_runs.program_of(setting.argv("unused"))
   whole = setting.folder / "pair"
   if not whole.exists():
-    uninterrupted(setting, "pair", setting.start_pair)
+    uninterrupted(setting, "pair", start_pair)
   different = []
   folder = setting.folder / "pair-damaged"
   rewind(whole, folder, 5)
@@ -274,7 +294,7 @@ def shard(setting: Setting) -> dict:
   data = bytearray(path.read_bytes())
   data[len(data) // 2] ^= 1
   path.write_bytes(data)
-  first, second = setting.start_pair(setting.argv(folder.name))
+  first, second = start_pair(setting.argv(folder.name))
   drained = threading.Thread(target=second.communicate)
   drained.start()
   out, _ = first.communicate()
@@ -290,13 +310,13 @@ def shard(setting: Setting) -> dict:
 def devices(setting: Setting) -> dict:
   """Goes on with other numbers of devices than a run had before."""
 
-  def start(count, name, steps=STEPS):
+  def begin(count, name):
     flags = f"--xla_force_host_platform_device_count={count}"
     argv = setting.argv(name, cache=setting.folder / f"compiled-{count}")
-    return setting.start(argv, XLA_FLAGS=flags)
+    return start(argv, XLA_FLAGS=flags)
 
   for count in (8, 1):
-    finish(start(count, f"devices-{count}"))
+    finish(begin(count, f"devices-{count}"))
   worst, resumes, different = 0.0, [], []
   for before, after, step in (
     (8, 4, 2),
@@ -310,7 +330,7 @@ def devices(setting: Setting) -> dict:
     whole = setting.folder / f"devices-{before}"
     folder = setting.folder / f"devices-{before}-{after}-{step}"
     rewind(whole, folder, step)
-    finish(start(after, folder.name))
+    finish(begin(after, folder.name))
     rows = zip(
       tiny_runs.rows(folder)[step + 1 : step + 4],
       tiny_runs.rows(whole)[step + 1 : step + 4],
@@ -346,13 +366,13 @@ def signals(setting: Setting) -> dict:
   program = tiny_runs.program_of(setting.argv("unused"))
   whole = setting.folder / "whole"
   if not whole.exists():
-    finish(setting.start(setting.argv("whole")))
+    finish(start(setting.argv("whole")))
   seconds, different = {}, []
   for phase in PHASES:
     folder = setting.folder / f"signal-{phase}"
     # Compilations from scratch, as on a new machine.
     argv = setting.argv(folder.name, cache="")
-    process = setting.start(argv, code=ANNOUNCING)
+    process = start(argv, code=ANNOUNCING)
     sent = 0.0
     lines = []
     for line in process.stdout:
@@ -369,7 +389,7 @@ def signals(setting: Setting) -> dict:
         + "".join(lines)[-300:]
       )
       continue
-    finish(setting.start(setting.argv(folder.name)))
+    finish(start(setting.argv(folder.name)))
     found = difference(folder, whole, program)
     different += [found] if found else []
   return {"seconds": seconds, "different": different}

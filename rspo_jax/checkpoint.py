@@ -188,7 +188,7 @@ class Checkpointer:
     except Exception as error:
       raise self._write_error(step, path, error) from error
     self._thread = threading.Thread(
-      target=self._finish, args=(path, commit), name="checkpoint"
+      target=self._finish, args=(path, commit), name="checkpoint", daemon=True
     )
     self._thread.start()
 
@@ -281,6 +281,8 @@ class Checkpointer:
       return
     # The other processes may be anywhere: ask them nothing. The error on its
     # way out matters more than that of a save.
+    if jax.process_count() > 1 and issubclass(kind, jax.errors.JaxRuntimeError):
+      return  # one of them is gone, and a save needs all
     self._join()
     self._release()
 

@@ -977,13 +977,21 @@ def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
     )
     return FAULT
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    cause = str(error).splitlines()[0]
+    if "RESOURCE_EXHAUSTED" in str(error):
+      writer.fail(
+        f"The device is out of memory ({cause}). Lower train.micro_batch, "
+        "rollout.prompts or eval.batch."
+      )
+      return FAULT
+    if jax.process_count() == 1:
       raise
     writer.fail(
-      f"The device is out of memory ({str(error).splitlines()[0]}). Lower "
-      "train.micro_batch, rollout.prompts or eval.batch."
+      f"Another process of the run has gone, it seems ({cause}). Run the same "
+      "command in all of them to go on from the last checkpoint."
     )
-    return FAULT
+    # Leaving in order would mean to wait for the one that is gone.
+    os._exit(FAULT)
 
 
 def _open_workdir(run: Run) -> None:

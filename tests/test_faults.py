@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import random
 import shutil
 import signal
 import threading
@@ -394,7 +395,7 @@ def test_a_run_goes_on_from_what_was_written_or_says_why_not(
   )
 
   @hypothesis.settings(
-    max_examples=6,
+    max_examples=5,
     deadline=None,
     suppress_health_check=list(hypothesis.HealthCheck),
     database=None,
@@ -426,6 +427,16 @@ def test_a_run_goes_on_from_what_was_written_or_says_why_not(
 # Moments that nobody chose.
 
 
-def test_a_run_that_is_killed_at_random_moments_is_the_run_of_one_go(tmp_path):
-  found = kill.kills(kill.Setting(tmp_path), 2, seed=0)
+def test_a_run_that_is_killed_at_random_moments_is_the_run_of_one_go(
+  whole, tiny, tmp_path, program
+):
+  # `python benchmarks/kill.py` kills far more, and two processes too.
+  found = kill.kill_runs(
+    lambda name: [kill.start(tiny(tmp_path / name, run__checkpoint_every=1))],
+    tmp_path,
+    whole,
+    program,
+    2,
+    kill.Killer(random.Random(1), life_s=4.0),
+  )
   assert found["kills"] == 2 and found["different"] == []
