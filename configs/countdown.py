@@ -116,6 +116,8 @@ def ablation(seeds):
     "centring_batch": {"objective.centring": "batch"},
     "centring_none": {"objective.centring": "none"},
     "no_reference": {"objective.subtract_reference": False},
+    "reference_25": {"objective.reference_every": 25},
+    "lambda_share": {"objective.lambda_share": 0.5},
     "masks_4": {"likelihood.masks": 4},
     "masks_8": {"likelihood.masks": 8},
     "leave_one_out": {

@@ -252,3 +252,28 @@ def test_large_models_are_adapted_and_with_full_trained_whole(name, model):
   # Named but not there: the command says what is missing.
   with pytest.raises(ValueError, match=r"model\.path=''"):
     settings.build(adapted, 4)
+
+
+def test_runs_of_the_study_cost_the_same():
+  from configs import study
+  from rspo_jax import objectives, sweep
+
+  for name in study.OBJECTIVES:
+    config = study.get_config("" if name == "rspo" else name)
+    built = settings.build(config, 1)
+    entry = objectives.OBJECTIVES[name]
+    updates = built.step.updates_per_rollout
+    each = 3 + entry.uses_reference(built.objective)
+    each += entry.ratio and updates > 1
+    cost = built.sampler.steps + updates * built.likelihood.masks * each
+    assert study.forwards(config) == cost, name
+    spent = cost * config.run.steps
+    assert abs(spent - study.BUDGET) <= cost / 2, name
+  entries = sweep.load_entries(str(ROOT / "configs" / "study.py"))
+  tuned = [e for e in entries if e.name.startswith("tune-")]
+  assert len(tuned) == 3 * len(study.OBJECTIVES)
+  seeds = {seed for e in tuned for seed in e.seeds}
+  for entry in entries:
+    if entry.name.startswith("final-"):
+      assert len(entry.seeds) >= 5 and not seeds & set(entry.seeds)
+      assert entry.overrides["eval.split"] == "test"
