@@ -77,12 +77,12 @@ LEVELS = {
   "rspo_jax.train": 4,
   "rspo_jax.api": 4,
   "rspo_jax.planner": 4,
-  "rspo_jax.diagnose": 4,
   "rspo_jax.demo": 4,
   "rspo_jax.demo_web": 4,
   "rspo_jax.report": 4,
   "rspo_jax.main": 5,
   "rspo_jax.sweep": 6,
+  "rspo_jax.diagnose": 6,
   "rspo_jax.plan": 6,
 }
 

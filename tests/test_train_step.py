@@ -242,6 +242,61 @@ def test_rejection_sampling_follows_the_rewarded_scores():
   assert_close(wanted, gradient_of(objective, batch, 2, "two")[0], 3e-6)
 
 
+@pytest.mark.parametrize(
+  ("name", "scheme", "masks"),
+  [
+    ("diffu_grpo", "mean_field", 2),
+    ("spg", "uniform", 2),
+    ("tracerl", "trace", 3),
+  ],
+)
+def test_objectives_per_token_survive_the_cut(name, scheme, masks):
+  # Batch means of tokens and canvases are those of the whole batch; the
+  # values of two passes are log-probs of rows.
+  when = np.random.default_rng(0).integers(0, 3, (N, LENGTH))
+  keep = np.repeat([1, 1, 1, 0], GROUP)
+  batch = batch_of(keep=keep).replace(commit_step=jnp.asarray(when))
+  objective = objective_of(name=name, kl_weight=0.3, clip=0.1)
+  chosen = likelihood.LikelihoodSettings(scheme, masks)
+  one = objectives.OBJECTIVES[name]
+  values = jax.jit(
+    train_step.make_estimate(
+      tiny_logprob, MASK_ID, train_step.StepSettings(N), chosen, one.per_token
+    )
+  )
+  params, other = tiny_params(), tiny_params(1)
+  policy, old = values(params, batch, KEY), values(other, batch, KEY)
+  gradients = []
+  for size, passes in ((N, "one"), (2, "one"), (2, "two")):
+    step = train_step.StepSettings(size, passes, updates_per_rollout=2)
+    optimizer = optax.sgd(1.0)
+    update = train_step.make_update(
+      tiny_logprob, MASK_ID, optimizer, optax.constant_schedule(1.0), step,
+      chosen, objective,
+    )  # fmt: skip
+    state = train_step.init_state(params, optimizer)
+    after, _ = jax.jit(update)(state, batch, KEY, old, policy, old)
+    gradients.append(jax.tree.map(lambda a, b: a - b, params, after.params))
+  assert_close(gradients[0], gradients[1], 3e-6)
+  assert_close(gradients[0], gradients[2], 3e-6)
+
+
+def test_old_terms_are_needed_where_a_rollout_serves_several_updates():
+  objective = objective_of(name="espo")
+  update = train_step.make_update(
+    tiny_logprob,
+    MASK_ID,
+    optax.sgd(1.0),
+    optax.constant_schedule(1.0),
+    train_step.StepSettings(N, updates_per_rollout=4),
+    MASKS,
+    objective,
+  )
+  state = train_step.init_state(tiny_params(), optax.sgd(1.0))
+  with pytest.raises(ValueError, match=r"old=None: .*'espo' weighs by a ratio"):
+    update(state, batch_of(), KEY, None)
+
+
 def test_dropped_groups_leave_the_gradient_of_the_others():
   # Kept ones come first in both shards; one micro-batch of four is idle.
   keep = np.repeat([1, 0, 1, 0], GROUP)
