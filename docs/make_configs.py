@@ -16,7 +16,7 @@ PAGE = ROOT / "docs" / "configs.md"
 sys.path.insert(0, str(ROOT))
 
 # They switch between config files and are none themselves.
-NO_CONFIGS = ("__init__", "base")
+NO_CONFIGS = ("__init__", "base", "recipes")
 
 
 def comments(source: str) -> dict[str, str]:

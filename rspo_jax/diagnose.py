@@ -164,6 +164,7 @@ class Bench:
       program.model.tokenizer.encode,
       settings.prompt_length,
       self.config.pad_id,
+      settings.long_prompts,
     )[:2]
     key = train_step.stream_key(settings.run.seed, 0, train_step.ROLLOUT)
     placed = sharding.put_global(program.mesh, (tokens, mask))
@@ -462,6 +463,11 @@ def run(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     folder = options["policy"] or _trained(words, out, options["steps"])
     program = program_lib.build(settings)
+    if program.lora is not None:
+      raise ValueError(
+        f"lora.rank={config.lora.rank}: whole models are diagnosed; use "
+        "--config.lora.rank=0 and a run's merged model/ as --policy."
+      )
     policy = hf_weights.load_model(
       folder,
       settings.model["param_dtype"],
