@@ -83,6 +83,8 @@ def get_config() -> ml_collections.ConfigDict:
   rollout.prompts = 48  # B: prompts of one step, over all devices
   rollout.group_size = 8  # G: completions of one prompt
   rollout.temperature = 1.0  # of the training rollouts
+  rollout.keep_groups = 0  # groups with unequal rewards that a step takes at
+  #      most: with more prompts than that, batches are full of them; 0: all
 
   config.sampler = sampler = ml_collections.ConfigDict()
   sampler.completion_length = 8  # L: static
@@ -136,6 +138,7 @@ def get_config() -> ml_collections.ConfigDict:
   objective.negative_score = "mix"  # mix | eubo | elbo | none: spg, A < 0
   objective.bound_mix = 0.5  # spg's share of the upper bound, 0 to 1
   objective.bound_power = 1.5  # exponent of spg's upper bound, > 0
+  objective.finishes = 1  # sapo's completions of each partial canvas
 
   config.optimizer = optimizer = ml_collections.ConfigDict()
   optimizer.learning_rate = 1e-4  # peak

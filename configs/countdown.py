@@ -8,7 +8,7 @@ the large models 0.01 per sequence), `paper_literal` (lambda 0.01 per token),
 `rft` (rejection sampling, the control run); `llada_8b`, `dream_7b` (with
 `model.path` naming the checkpoint's folder: an adapter of rank 64, as in
 configs/gsm8k.py), after either of them `full` (all parameters); and, last, the
-objectives of configs/recipes.py: `diffu_grpo`, `wd1`, `espo`, `spg`, `gdpo`,
+objectives of configs/recipes.py: `diffu_grpo`, `sapo`, `wd1`, `espo`, `spg`, `gdpo`,
 `vrpo`, `tracerl`, `justgrpo`, `trafl`.
 
     python -m rspo_jax.main --config=configs/countdown.py:llada_8b \\

@@ -14,7 +14,7 @@ the control run), `d1` (that prompt format instead of espo's); `llada_8b` and
 `dream_7b` (an adapter of rank 64 on the seven projections of a frozen bfloat16
 base, ESPO's recipe otherwise), after either of them `full` (all parameters;
 they and their moments in bfloat16); and, last, the objectives of
-configs/recipes.py: `diffu_grpo`, `wd1`, `espo`, `spg`, `gdpo`, `vrpo`,
+configs/recipes.py: `diffu_grpo`, `sapo`, `wd1`, `espo`, `spg`, `gdpo`, `vrpo`,
 `tracerl`, `justgrpo`, `trafl`. What fits where: launch/plan.py.
 """
 

@@ -51,6 +51,13 @@ def diffu_grpo(config):
   )
 
 
+def sapo(config):
+  """SAPO: d1's with a process reward; its numbers are not published."""
+  diffu_grpo(config)
+  config.objective.name = "sapo"
+  config.objective.finishes = 1
+
+
 def wd1(config):
   """wd1: no ratio, no reference."""
   _set(config, "wd1", "mean_field", 1, "masked_tail")
@@ -145,6 +152,7 @@ def trafl(config):
 
 SWITCHES = {
   "diffu_grpo": diffu_grpo,
+  "sapo": sapo,
   "wd1": wd1,
   "espo": espo,
   "spg": spg,

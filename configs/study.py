@@ -45,7 +45,9 @@ def forwards(config) -> float:
   each += name in HAS_RATIO and updates > 1
   # The whole batch fits no micro-batch: the policy is scored beforehand.
   each += name == "rspo" and config.objective.centring == "batch"
-  return steps + updates * masks * each
+  finishes = config.objective.finishes if name == "sapo" else 0
+  # A partial canvas is on average half finished.
+  return steps * (1 + finishes / 2) + updates * masks * each
 
 
 def affordable(config) -> int:

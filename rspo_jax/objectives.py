@@ -134,6 +134,22 @@ def softmax_advantages(rewards: np.ndarray, normalize: bool) -> np.ndarray:
   return weights.astype(np.float32)
 
 
+def process_advantages(
+  advantages: np.ndarray, rewards: np.ndarray, finished: np.ndarray
+) -> np.ndarray:
+  """A + 1[A > 0] R, R what finishing a partial canvas earns over the group.
+
+  R_i = mean over finishes of their rewards - mean of the group's rewards
+  (SAPO, arXiv 2510.01544, as its reviews describe it).
+
+  Args:
+    advantages, rewards: f32 [b, G].
+    finished: f32 [F, b, G], rewards of F completions of each partial canvas.
+  """
+  gain = finished.mean(0) - rewards.mean(1, keepdims=True)
+  return (advantages + (advantages > 0) * gain).astype(np.float32)
+
+
 def equal_groups(rewards: np.ndarray) -> np.ndarray:
   """bool [b]: groups all of whose rewards [b, G] are the same."""
   rewards = np.asarray(rewards)
@@ -221,6 +237,7 @@ class ObjectiveSettings:
     sft_weight: vrpo's weight of the winner's score.
     negative_score, bound_mix, bound_power: spg's score of completions with
       negative advantage, w of its mixture, exponent of the upper bound.
+    finishes: sapo's completions of each partial canvas.
     group_size: completions a prompt, G.
     draw_size: canvases of one independent mask draw (from the estimator).
   """
@@ -242,6 +259,7 @@ class ObjectiveSettings:
   negative_score: str = "mix"
   bound_mix: float = 0.5
   bound_power: float = 1.5
+  finishes: int = 1
   group_size: int = 8
   draw_size: int = 1
 
@@ -443,6 +461,8 @@ class Objective:
     estimators: the mask schemes it is defined for; None: all.
     needs_difference: groups without a difference say nothing, so that they
       must be dropped.
+    finishes: advantages also look at completions of partial canvases
+      (`process_advantages`).
   """
 
   loss: Callable
@@ -454,6 +474,7 @@ class Objective:
   span: str = "none"
   estimators: tuple[str, ...] | None = None
   needs_difference: bool = False
+  finishes: bool = False
 
   def uses_reference(self, settings: ObjectiveSettings) -> bool:
     """Whether the reference's values are needed."""
@@ -484,6 +505,15 @@ OBJECTIVES = {
     per_token=True,
     ratio=True,
     estimators=("mean_field",),
+  ),
+  "sapo": Objective(
+    baselines.diffu_grpo,  # the loss is the same, the advantage is not
+    _from_group,
+    reference="kl",
+    per_token=True,
+    ratio=True,
+    estimators=("mean_field",),
+    finishes=True,
   ),
   "wd1": Objective(
     baselines.wd1,

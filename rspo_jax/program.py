@@ -61,6 +61,7 @@ class Program:
   optimizer: Any
   learning_rate: Any
   rollout_fn: Any
+  finish_fn: Any
   greedy_fn: Any
   sampled_fn: Any
   estimate_fn: Any
@@ -332,6 +333,12 @@ def assemble(
     state_template=template,
     optimizer=optimizer,
     learning_rate=learning_rate,
+    finish_fn=jit(
+      rollout.make_finish(
+        denoise_fn, settings.sampler, config.mask_id, config.eos_id
+      ),
+      out_shardings=completions,
+    ),
     rollout_fn=sampling(settings.sampler, settings.rollout.group_size),
     greedy_fn=sampling(settings.greedy, 1),
     sampled_fn=sampling(settings.sampled, 1),

@@ -113,6 +113,47 @@ def make_rollout(
   return rollout
 
 
+def make_finish(
+  denoise_fn: Callable,
+  settings: sampler.SamplerSettings,
+  mask_id: int,
+  eos_id: int,
+) -> Callable:
+  """Builds finish(params, out, forward, key): completes partial canvases.
+
+  Every completion goes back to how it stood before forward number `forward`
+  of its rollout (i32 [], 0 <= forward < T) and is denoised from there on.
+  Defined for fixed schedules, whose forwards number the steps of the blocks.
+  """
+  length = settings.completion_length
+
+  def finish(params, out: Completions, forward, key):
+    later = jnp.pad(
+      out.commit_step >= forward,
+      ((0, 0), (out.tokens.shape[1] - length, 0)),
+    )
+    done = sampler.denoise(
+      denoise_fn,
+      params,
+      jnp.where(later, mask_id, out.tokens),
+      out.token_mask,
+      key,
+      settings,
+      mask_id=mask_id,
+      eos_id=eos_id,
+      first_block=forward // settings.block_steps,
+      first_step=forward % settings.block_steps,
+    )
+    return out.replace(
+      tokens=done.tokens,
+      completion_mask=sampler.completion_mask(done.tokens[:, -length:], eos_id),
+      denoiser_calls=done.denoiser_calls,
+      forwards=done.forwards,
+    )
+
+  return finish
+
+
 def to_text(tokenizer, tokens, completion_mask) -> list[str]:
   """Texts of completions i32 [n, L] up to their first EOS."""
   return [
@@ -179,6 +220,8 @@ def assemble(
   first_row: int = 0,
   commit_step: np.ndarray | None = None,
   lambda_: float | None = None,
+  finished: np.ndarray | None = None,
+  keep_groups: int = 0,
 ) -> RolloutBatch:
   """Host arrays of a step: advantages, targets, what is scored and seen.
 
@@ -194,6 +237,9 @@ def assemble(
     first_row: place of this host's first completion in the whole rollout.
     commit_step: i32 [n, L], for mask schemes that follow the sampler.
     lambda_: of this step, where it follows a target share.
+    finished: f32 [F, n], rewards of completions of partial canvases, for
+      objectives that look at them.
+    keep_groups: groups of this host that are kept at most; 0: all.
 
   Returns:
     `RolloutBatch` of numpy arrays, kept groups first in every shard; in the
@@ -205,6 +251,18 @@ def assemble(
   advantages = objectives.OBJECTIVES[objective.name].advantages(
     rewards, correct, normalize
   )
+  if keep_groups and skip_equal_groups:
+    surplus = np.flatnonzero((advantages != 0).any(1))[keep_groups:]
+    if len(surplus):
+      # Anew: some advantages are relative to all completions that are kept.
+      rest = np.setdiff1d(np.arange(len(rewards)), surplus)
+      advantages = np.zeros_like(advantages)
+      advantages[rest] = objectives.OBJECTIVES[objective.name].advantages(
+        rewards[rest], correct[rest], normalize
+      )
+  if finished is not None:
+    finished = finished.reshape(len(finished), -1, group)
+    advantages = objectives.process_advantages(advantages, rewards, finished)
   targets = objectives.targets(
     advantages, objective.lambda_ if lambda_ is None else lambda_
   )

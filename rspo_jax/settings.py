@@ -23,11 +23,13 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-  """Prompts of a step B, completions of a prompt G, temperature."""
+  """Prompts of a step B, completions of a prompt G, temperature, and how many
+  groups of a step are kept at most (0: all)."""
 
   prompts: int
   group_size: int
   temperature: float
+  keep_groups: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,7 @@ _POSITIVE = (
   "reward.workers",
   "reward.memory_mb",
   "likelihood.shrink",
+  "objective.finishes",
   "train.micro_batch",
   "train.updates_per_rollout",
   "eval.batch",
@@ -146,6 +149,7 @@ _NOT_NEGATIVE = (
   "objective.sft_weight",
   "objective.reference_every",
   "likelihood.block_length",
+  "rollout.keep_groups",
   "likelihood.masks",
   "sampler.steps",
   "optimizer.learning_rate",
@@ -527,7 +531,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     group_size=config.rollout.group_size,
     draw_size=mask_settings.draw_size,
   )
-  _check_objective(config, objective)
+  _check_objective(config, objective, train_sampler, shards)
   if (
     objective.gap_masks == "leave_one_out"
     and mask_settings.masks < 2 * mask_settings.draw_size
@@ -761,12 +765,14 @@ def _canvases(config, sampler) -> int:
   return wanted
 
 
-def _check_objective(config, objective) -> None:
+def _check_objective(config, objective, sampler, shards: int) -> None:
   """Refuses what an objective cannot be trained with.
 
   Args:
     config: the whole config.
     objective: `ObjectiveSettings`.
+    sampler: `SamplerSettings` of the rollouts.
+    shards: devices that share the batch.
 
   Raises:
     ValueError: names key, value and remedy.
@@ -797,6 +803,28 @@ def _check_objective(config, objective) -> None:
       "objective.skip_equal_groups=False leaves groups without any right-wrong "
       f"pair, from which objective.name={objective.name!r} learns nothing while "
       "momentum goes on; use True."
+    )
+  if entry.finishes and (
+    sampler.adaptive
+    or sampler.cache != "none"
+    or sampler.stop_at_eos
+    or sampler.steps < 2
+  ):
+    raise ValueError(
+      f"objective.name={objective.name!r} finishes partial canvases by the "
+      "sampler's fixed schedule; use sampler.cache='none', threshold=0, "
+      "factor=0, stop_at_eos=False and at least 2 steps."
+    )
+  keep = config.rollout.keep_groups
+  if keep and not config.objective.skip_equal_groups:
+    raise ValueError(
+      f"rollout.keep_groups={keep} chooses among groups whose rewards differ; "
+      "use objective.skip_equal_groups=True, or keep_groups=0."
+    )
+  if keep % shards:
+    raise ValueError(
+      f"rollout.keep_groups={keep} must be a multiple of the {shards} devices "
+      f"that share the batch; use {-(-keep // shards) * shards}."
     )
   if objective.lambda_share and not objective.lambda_:
     raise ValueError(

@@ -386,6 +386,7 @@ class Run:
       length = ended.shape[1]
       texts = program.to_text(host_tokens[:, -length:], ended)
       judged = program.judge(prompts.examples, texts)
+      finished, forwards = self.finishes(prompts, out, key)
       host = rollout.assemble(
         host_tokens,
         sharding.local_rows(out.token_mask),
@@ -401,6 +402,8 @@ class Run:
         if settings.likelihood.needs_trace
         else None,
         lambda_=self.lambda_ if settings.objective.lambda_share else None,
+        finished=finished,
+        keep_groups=settings.rollout.keep_groups // jax.process_count(),
       )
     pending = early[1] if early is not None else []
     if not all(x.is_ready() for one in pending for x in one.arrays):
@@ -414,7 +417,7 @@ class Run:
     )
     values |= self.cut_prompts(prompts)
     values["rollout/denoiser_calls"] = int(out.denoiser_calls)
-    values["compute/rollout"] = float(out.forwards)
+    values["compute/rollout"] = float(out.forwards) + forwards
     values["rollout/tokens_per_s"] = (
       ended.size * jax.process_count() / watch.seconds["time/rollout_s"]
     )
@@ -509,6 +512,32 @@ class Run:
     ):
       if has_gap or key == "relative":
         self.writer.histogram(step, name, columns[key])
+
+  def finishes(self, prompts, out, key):
+    """Rewards of completions of partial canvases, where an objective asks.
+
+    One forward of the schedule is drawn for the whole step.
+
+    Returns:
+      (rewards f32 [F, n] of this host or None, forwards they took).
+    """
+    settings, program = self.settings, self.program
+    objective = settings.objective
+    if not objectives.OBJECTIVES[objective.name].finishes:
+      return None, 0.0
+    keys = jax.random.split(jax.random.fold_in(key, 1), objective.finishes + 1)
+    forward = jax.random.randint(keys[-1], (), 1, settings.sampler.steps)
+    rewards, forwards = [], 0.0
+    for own in keys[:-1]:
+      done = self.call(
+        "finishing", program.finish_fn, self.policy, out, forward, own
+      )
+      ended = sharding.local_rows(done.completion_mask)
+      tokens = sharding.local_rows(done.tokens)[:, -ended.shape[1] :]
+      texts = program.to_text(tokens, ended)
+      rewards.append(program.judge(prompts.examples, texts).rewards)
+      forwards += float(done.forwards)
+    return np.stack(rewards), forwards
 
   def mask_key(self, update: int = 0):
     """Key of the masks of one of this step's updates, shared by all scores."""

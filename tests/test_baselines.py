@@ -118,6 +118,9 @@ def diffu_grpo(t, policy, s):
   return total / tokens
 
 
+sapo = diffu_grpo  # but for the advantages
+
+
 def wd1(t, policy, s):
   del s
   kept = [i for i in range(N) if t.keep[i]]
@@ -339,6 +342,74 @@ def test_advantages_of_the_others_are_those_of_their_definitions():
     weights = up / up.sum() - down / down.sum()
     found = objectives.softmax_advantages(rewards, False)[b]
     np.testing.assert_allclose(found, 4 * weights, rtol=1e-4)
+
+
+def test_sapo_adds_what_partial_canvases_earn_to_positive_advantages():
+  rewards = np.float32([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0]])
+  advantages = rewards - rewards.mean(1, keepdims=True)
+  finished = np.float32([[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]]])
+  found = objectives.process_advantages(advantages, rewards, finished)
+  # The second completion alone is better than its group; it earns 1/2 - 1/2.
+  np.testing.assert_allclose(found, [[-0.5, 0.5, 0.0], [0.0] * 3], atol=1e-6)
+  finished[:, 0, 1] = 1
+  found = objectives.process_advantages(advantages, rewards, finished)
+  np.testing.assert_allclose(found[0], [-0.5, 1.0, 0.0], atol=1e-6)
+
+
+REFUSED = [
+  ({"objective.name": "spg"}, "likelihood.scheme='complementary' cannot serve"),
+  ({"objective.name": "diffu_grpo"}, "use 'mean_field'"),
+  ({"objective.name": "vrpo", "objective.skip_equal_groups": False}, "pair"),
+  (
+    {"objective.name": "tracerl", "likelihood.scheme": "trace"},
+    r"likelihood\.masks=4 must be 8, or 0",
+  ),
+  ({"objective.lambda_share": 0.5, "objective.lambda_": 0.0}, "lambda_=1"),
+  (
+    {"objective.name": "wd1", "objective.reference_every": 5},
+    "does not use; use 0",
+  ),
+  (
+    {"rollout.keep_groups": 4, "objective.skip_equal_groups": False},
+    "chooses among groups",
+  ),
+  (
+    {
+      "objective.name": "sapo",
+      "likelihood.scheme": "mean_field",
+      "sampler.cache": "dual",
+    },
+    "fixed schedule",
+  ),
+  ({"objective.clip": -0.1}, r"objective\.clip=-0\.1"),
+  ({"objective.beta": 0.0}, r"objective\.beta=0\.0"),
+  ({"objective.pairs": "some"}, r"objective\.pairs='some'"),
+  ({"rollout.group_size": 1}, "nothing to compare"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED)
+def test_what_an_objective_cannot_use_is_refused(changes, message):
+  from configs import countdown
+  from rspo_jax import settings
+
+  config = countdown.get_config()
+  for key, value in changes.items():
+    group, _, field = key.partition(".")
+    config[group][field] = value
+  with pytest.raises(ValueError, match=message):
+    settings.build(config, 1)
+
+
+def test_lambda_follows_its_share_by_a_tenth_a_step_and_stays_in_range():
+  settings = settings_of("rspo", lambda_=2.0, lambda_share=0.5)
+  follow = lambda x, share: objectives.follow_share(x, share, settings)  # noqa: E731
+  assert follow(2.0, 0.5) == pytest.approx(2.0)
+  assert follow(2.0, 0.0) == pytest.approx(2.0 * math.exp(0.1))
+  assert follow(2.0, 50.0) == pytest.approx(2.0 * math.exp(-0.1))
+  near = follow(2.0, 0.45)
+  assert near == pytest.approx(2.0 * (0.5 / 0.45) ** 0.1)
+  assert follow(2e4, 0.0) == pytest.approx(2e4)
 
 
 # Relatives.

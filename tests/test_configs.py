@@ -265,7 +265,8 @@ def test_runs_of_the_study_cost_the_same():
     updates = built.step.updates_per_rollout
     each = 3 + entry.uses_reference(built.objective)
     each += entry.ratio and updates > 1
-    cost = built.sampler.steps + updates * built.likelihood.masks * each
+    rollout = built.sampler.steps * (1 + 0.5 * entry.finishes)
+    cost = rollout + updates * built.likelihood.masks * each
     assert study.forwards(config) == cost, name
     spent = cost * config.run.steps
     assert abs(spent - study.BUDGET) <= cost / 2, name

@@ -243,3 +243,38 @@ def test_a_row_shows_reward_and_verdict():
       "reason": "because",
     },
   }
+
+
+def test_no_more_groups_than_asked_for_are_kept():
+  # Groups 0, 2 and 3 differ within themselves.
+  rewards = [0, 1, 1, 1, 1, 0, 0, 1]
+  options = dict(skip_equal_groups=True, keep_groups=2)
+  batch, _ = assemble(rewards, 2, **options)
+  kept = sorted(set(batch.row[batch.keep > 0] // 2))
+  assert kept == [0, 2]
+  # Rejection sampling: a plain mean over the right completions of those.
+  batch, _ = assemble(rewards, 2, name="rft", **options)
+  kept = batch.keep > 0
+  assert sorted(set(batch.row[kept] // 2)) == [0, 1]
+  np.testing.assert_allclose(batch.advantage[kept].mean(), 1.0, rtol=1e-6)
+
+
+def test_partial_canvases_are_finished_from_where_they_stood():
+  settings = sampler.SamplerSettings(4, 2, 4)
+  finish = rollout.make_finish(fill_with(7), settings, 9, 5)
+  out = rollout.Completions(
+    tokens=jnp.asarray([[1, 2, 3, 4, 6, 8]]),
+    token_mask=jnp.ones((1, 6), bool),
+    completion_mask=jnp.ones((1, 4), bool),
+    commit_step=jnp.asarray([[1, 0, 2, 3]]),
+    denoiser_calls=jnp.int32(4),
+  )
+  for forward, tokens in (
+    (1, [1, 2, 7, 4, 7, 7]),
+    (2, [1, 2, 3, 4, 7, 7]),
+    (3, [1, 2, 3, 4, 6, 7]),
+  ):
+    done = jax.jit(finish)(None, out, jnp.int32(forward), jax.random.key(0))
+    assert done.tokens[0].tolist() == tokens
+    assert done.denoiser_calls == 4 - forward
+    assert done.forwards == 4 - forward
