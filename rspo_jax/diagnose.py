@@ -51,6 +51,7 @@ HELP = """usage: python -m rspo_jax.diagnose --config=FILE[:ARG,...] [options]
                             without it the config is trained for --steps
   --steps=20                updates of that training
   --forwards=2,4            forward passes an estimate, one table each
+  --schemes=a,b             those alone, beside uniform
   --sequences=64            completions
   --repeats=64              estimates of each
 
@@ -69,6 +70,7 @@ def parse(argv: list[str]):
     ValueError: names value and remedy.
   """
   options = {"out": "diagnose", "policy": "", "forwards": "2,4"} | NUMBERS
+  options["schemes"] = ",".join(likelihood.ESTIMATORS)
   rest = [argv[0]]
   for word in argv[1:]:
     name, equals, value = word.lstrip("-").partition("=")
@@ -80,6 +82,13 @@ def parse(argv: list[str]):
     options[name] = value
   for name in NUMBERS:
     options[name] = _count(name, str(options[name]))
+  options["schemes"] = ["uniform", *options["schemes"].split(",")]
+  for name in options["schemes"]:
+    if name not in likelihood.ESTIMATORS:
+      raise ValueError(
+        f"--schemes={name!r} is not known; choose from "
+        f"{', '.join(likelihood.ESTIMATORS)}."
+      )
   options["forwards"] = [
     _count("forwards", part) for part in options["forwards"].split(",")
   ]
@@ -94,11 +103,12 @@ def _count(name: str, text: str) -> int:
 
 
 def schemes_at(
-  forwards: int, sampler
+  forwards: int, sampler, names
 ) -> dict[str, likelihood.LikelihoodSettings]:
-  """Settings of every scheme that has an estimate at so many forwards."""
+  """Settings of the schemes that have an estimate at so many forwards."""
   found = {}
-  for name, entry in likelihood.ESTIMATORS.items():
+  for name in dict.fromkeys(names):
+    entry = likelihood.ESTIMATORS[name]
     if forwards % (entry.draw_size or 1) or (
       entry.masks is not None and forwards not in entry.masks
     ):
@@ -327,7 +337,9 @@ def ratio_interval(one, other, seed: int = 0) -> tuple[float, float, float]:
   return float(one.mean() / max(other.mean(), 1e-300)), float(low), float(high)
 
 
-def diagnose(bench: Bench, forwards: list[int], repeats: int) -> dict:
+def diagnose(
+  bench: Bench, forwards: list[int], repeats: int, schemes=likelihood.ESTIMATORS
+) -> dict:
   """Everything the page of numbers needs, ready for JSON."""
   exact, how = bench.exact()
   settings = bench.program.settings
@@ -339,7 +351,7 @@ def diagnose(bench: Bench, forwards: list[int], repeats: int) -> dict:
     "rows": [],
   }
   for count in forwards:
-    found = schemes_at(count, settings.sampler)
+    found = schemes_at(count, settings.sampler, schemes)
     measured = {
       name: measure(*bench.draws(one, repeats), exact)
       for name, one in found.items()
@@ -474,7 +486,9 @@ def run(argv: list[str]) -> int:
       functools.partial(program_lib._shardings, program.mesh),
     )
     bench = Bench(program, policy.params, options["sequences"])
-    result = diagnose(bench, options["forwards"], options["repeats"])
+    result = diagnose(
+      bench, options["forwards"], options["repeats"], options["schemes"]
+    )
   except (ValueError, OSError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
