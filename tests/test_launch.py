@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from rspo_jax import main, plan
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -389,3 +391,49 @@ def test_slurm_tells_the_tasks_and_not_the_script():
   assert "requeue" in options and options["open-mode"] == "append"
   # One process a GPU, all of them visible to each (see the file).
   assert options["ntasks-per-node"] == options["gpus-per-node"]
+
+
+# The guide.
+
+
+def commands_of(page):
+  """Shell commands in the bash blocks of a page, as words."""
+  blocks = re.findall(r"```bash\n(.*?)```", page.read_text(), re.DOTALL)
+  for block in blocks:
+    for line in block.replace("\\\n", " ").splitlines():
+      yield shlex.split(line.removesuffix("&"))
+
+
+def test_every_command_of_the_guide_is_one_that_works(stand_ins, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  checked = set()
+  for words in commands_of(ROOT / "docs" / "tpu.md"):
+    while words and re.match(r"[A-Z_]+=", words[0]):
+      words = words[1:]
+    if words[:1] == ["sbatch"]:
+      place = words.index("launch/slurm.sbatch")
+      assert all(word.startswith("--") for word in words[1:place])
+      words = words[place:]
+    program, *arguments = words
+    if program.startswith("launch/"):
+      script = program.removeprefix("launch/")
+      if script == "slurm.sbatch":
+        arguments = ["--dry_run", *arguments]
+      else:
+        place = arguments.index("--") if "--" in arguments else len(arguments)
+        arguments.insert(place, "--dry_run")
+      done = stand_ins.run(script, *arguments)
+      assert done.returncode == 0, (words, done.stderr)
+      # What is to run there is parsed like a command here.
+      if "--" in arguments or script == "slurm.sbatch":
+        main.parse(["x", *[a for a in arguments if a.startswith("--con")]])
+      checked.add(script)
+    elif arguments[:2] == ["-m", "rspo_jax.main"]:
+      main.parse(["x", *arguments[2:]])
+      checked.add("main")
+    elif arguments[:1] == ["launch/plan.py"]:
+      plan.parse(arguments[1:])
+      checked.add("plan")
+    else:
+      assert program in ("gcloud", "hf", "export", ".venv/bin/python"), words
+  assert checked == {"tpu.sh", "xpk.sh", "slurm.sbatch", "main", "plan"}
