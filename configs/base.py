@@ -161,6 +161,10 @@ def get_config() -> ml_collections.ConfigDict:
   mesh.data = 1  # replicas; -1: what the other axes leave
   mesh.fsdp = -1  # shards of parameters and batch; -1: what the others leave
   mesh.tensor = 1  # shards of heads, mlp and vocabulary
+  mesh.rollout_tensor = 0  # sampling alone: parameters are laid out once a step
+  #                          over so many devices (heads, mlp, vocabulary) and
+  #                          copied to the others; 0: gathered for every forward
+  #                          from where training has them
 
   config.eval = evaluation = ml_collections.ConfigDict()
   evaluation.split = "validation"  # train | validation | test

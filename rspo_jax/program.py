@@ -8,6 +8,7 @@ with an `abstract_model`.
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -70,6 +71,28 @@ class Program:
   refresh_fn: Any
   present_fn: Any
   sampling: Any  # (SamplerSettings, group size) -> a jitted rollout
+  lay_out: Any = None  # jitted: parameters -> where sampling wants them
+  lay_out_adapter: Any = None
+
+  @functools.cached_property
+  def _base_for_sampling(self):
+    return self.lay_out(self.params.base)
+
+  def for_sampling(self, params):
+    """Parameters as the functions that sample take them.
+
+    With `mesh.rollout_tensor` they are laid out anew: all of them or, on a
+    frozen base, the adapter; the base once, and that copy stays.
+    """
+    if self.lay_out is None:
+      return params
+    if not isinstance(params, lora.Adapted):
+      return self.lay_out(params)
+    adapter = params.adapter
+    if adapter is not None:
+      adapter = self.lay_out_adapter(adapter)
+    # Sampling knows one stream, the policy's.
+    return lora.Adapted(self._base_for_sampling, adapter, None, params.scale)
 
   def policy(self, trained):
     """Parameters for the jitted functions out of what the state holds."""
@@ -294,7 +317,8 @@ def assemble(
   jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
   score_fn = transformer.make_logprob_fn(config, mesh)
   both_fn = transformer.make_logprob_fn(config, mesh, dual=True)
-  raw_denoise_fn = transformer.make_denoise_fn(config, mesh)
+  rollout_mesh = sharding.rollout_mesh(mesh, settings.rollout_tensor)
+  raw_denoise_fn = transformer.make_denoise_fn(config, rollout_mesh)
 
   def logprob_fn(params, *arguments):
     return score_fn(lora.weights(params), *arguments)
@@ -318,6 +342,25 @@ def assemble(
       ),
       out_shardings=completions,
     )
+
+  lay_out = lay_out_adapter = None
+  if rollout_mesh is not mesh:
+    _check_heads(config, settings.rollout_tensor)
+    lay_out = jit(
+      functools.partial(_laid_out, rollout_mesh, _shardings(mesh, config)),
+      out_shardings=_shardings(rollout_mesh, config),
+    )
+    if lora_settings is not None:
+      boxed = jax.eval_shape(
+        functools.partial(lora.boxed, config, lora_settings),
+        jax.random.key(0),
+      )
+      lay_out_adapter = jit(
+        functools.partial(
+          _laid_out, rollout_mesh, sharding.shardings(mesh, boxed)
+        ),
+        out_shardings=sharding.shardings(rollout_mesh, boxed),
+      )
 
   step = (settings.step, settings.likelihood)
   objective = objectives.OBJECTIVES[settings.objective.name]
@@ -384,7 +427,29 @@ def assemble(
       out_shardings=rows,
     ),
     sampling=sampling,
+    lay_out=lay_out,
+    lay_out_adapter=lay_out_adapter,
   )
+
+
+def _laid_out(mesh, shardings, tree):
+  """The tree on its way from training's shardings to those of `mesh`."""
+
+  def moved(leaf, where):
+    for stop in sharding.waypoints(mesh, where, leaf.shape):
+      leaf = jax.lax.with_sharding_constraint(leaf, stop)
+    return leaf
+
+  return jax.tree.map(moved, tree, shardings)
+
+
+def _check_heads(config: families.ModelConfig, tensor: int) -> None:
+  """Refuses to split what does not divide, which would stay whole unasked."""
+  if config.kv_heads % tensor:
+    raise ValueError(
+      f"mesh.rollout_tensor={tensor} must divide the {config.kv_heads} heads "
+      f"of keys and values; use {math.gcd(tensor, config.kv_heads)}."
+    )
 
 
 def compiler_options(mesh) -> dict[str, str]:

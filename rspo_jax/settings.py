@@ -108,6 +108,7 @@ class Settings:
   optimizer: Any  # train_step.OptimizerSettings
   step: Any  # train_step.StepSettings
   mesh: dict[str, int]
+  rollout_tensor: int
   eval: EvalSettings
   evaluations: tuple[Evaluation, ...]  # of --mode=eval, one or more
   run: RunSettings
@@ -165,6 +166,7 @@ _NOT_NEGATIVE = (
   "sampler.cfg_scale",
   "sampler.top_k",
   "sampler.order_temperature",
+  "mesh.rollout_tensor",
   "run.seed",
   "run.samples_every",
   "run.profile",
@@ -621,7 +623,8 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     reference_every=config.objective.reference_every,
     optimizer=train_step.OptimizerSettings(**optimizer),
     step=step,
-    mesh=config.mesh.to_dict(),
+    mesh={axis: config.mesh[axis] for axis in sharding.AXES},
+    rollout_tensor=config.mesh.rollout_tensor,
     eval=EvalSettings(
       split=config.eval.split,
       prompts=config.eval.prompts,
@@ -884,6 +887,7 @@ FREE_KEYS = (
   "mesh.data",
   "mesh.fsdp",
   "mesh.tensor",
+  "mesh.rollout_tensor",
 )
 
 

@@ -67,6 +67,59 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None):
   return Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
+def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
+  """The mesh on which completions are sampled, of the same devices.
+
+  Args:
+    mesh: of training.
+    tensor: devices over which one copy of the parameters is split; the others
+      have copies of their own and share the sequences. 0: `mesh` itself.
+
+  Raises:
+    ValueError: it does not divide the devices; names a number that does.
+  """
+  if not tensor:
+    return mesh
+  # The order stays: one program may then use both meshes.
+  devices = mesh.devices.reshape(-1)
+  if tensor < 0 or devices.size % tensor:
+    raise ValueError(
+      f"mesh.rollout_tensor={tensor} must divide the {devices.size} devices; "
+      f"use {math.gcd(tensor, devices.size)}, or 0 to sample where training "
+      "has the parameters."
+    )
+  return Mesh(devices.reshape(-1, 1, tensor), AXES)
+
+
+def waypoints(mesh: Mesh, wanted: NamedSharding, shape) -> list[NamedSharding]:
+  """Where an array stops between training's mesh and `rollout_mesh`.
+
+  1. Split along the same dimension, neighbours among the parts on one place of
+     the tensor axis: parts change places.
+  2. The parts on one place joined: split in as many as the tensor axis has.
+
+  From there to another dimension is one all-to-all. Without the stops the
+  partitioner makes every weight whole on every device on the way.
+
+  Args:
+    mesh: `rollout_mesh`.
+    wanted: the array's sharding in training.
+    shape: of the array.
+  """
+  stops = []
+  for axes in (("tensor", "data"), "tensor"):
+    spec = PartitionSpec(
+      *(axes if _names(entry) & {"fsdp"} else None for entry in wanted.spec)
+    )
+    stops.append(_that_divides(mesh, NamedSharding(mesh, spec), shape))
+  return stops
+
+
+def _names(entry) -> set[str]:
+  """Mesh axes of one entry of a spec."""
+  return {entry} if isinstance(entry, str) else set(entry or ())
+
+
 def batch_shards(mesh: Mesh) -> int:
   """Number of devices over which sequences are split."""
   return mesh.shape["data"] * mesh.shape["fsdp"]

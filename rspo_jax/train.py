@@ -248,7 +248,9 @@ class Run:
         for kind, (_, samples) in decodings.items()
       }
     # Before the first step the policy is the model as it was loaded.
-    params = program.params if self.state is None else self.policy
+    params = program.for_sampling(
+      program.params if self.state is None else self.policy
+    )
     results = {}
     for kind, (fn, samples) in decodings.items():
       name = f"{label}{kind} evaluation"
@@ -370,9 +372,9 @@ class Run:
       key = train_step.stream_key(
         settings.run.seed, self.step, train_step.ROLLOUT
       )
-      out = self.call(
-        "rollout", program.rollout_fn, self.policy, tokens, mask, key
-      )
+      params = program.for_sampling(self.policy)
+      out = self.call("rollout", program.rollout_fn, params, tokens, mask, key)
+      del params  # a second copy, where sampling has its own layout
       host_tokens = sharding.local_rows(out.tokens)
       ended = sharding.local_rows(out.completion_mask)
     self.stop_if_asked()
