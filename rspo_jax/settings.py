@@ -495,6 +495,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
   shape = sharding.mesh_shape(
     config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
   )
+  sharding.check_rollout_tensor(config.mesh.rollout_tensor, devices)
   shards = shape[0] * shape[1]
   total = config.rollout.prompts * config.rollout.group_size
   micro = config.train.micro_batch

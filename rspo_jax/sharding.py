@@ -67,6 +67,20 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices=None):
   return Mesh(np.asarray(devices).reshape(shape), AXES)
 
 
+def check_rollout_tensor(tensor: int, devices: int) -> None:
+  """Refuses a `mesh.rollout_tensor` that does not divide the devices.
+
+  Raises:
+    ValueError: names a number that does.
+  """
+  if tensor and devices % tensor:
+    raise ValueError(
+      f"mesh.rollout_tensor={tensor} must divide the {devices} devices; use "
+      f"{math.gcd(tensor, devices)}, or 0 to sample where training has the "
+      "parameters."
+    )
+
+
 def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
   """The mesh on which completions are sampled, of the same devices.
 
@@ -74,21 +88,11 @@ def rollout_mesh(mesh: Mesh, tensor: int) -> Mesh:
     mesh: of training.
     tensor: devices over which one copy of the parameters is split; the others
       have copies of their own and share the sequences. 0: `mesh` itself.
-
-  Raises:
-    ValueError: it does not divide the devices; names a number that does.
   """
   if not tensor:
     return mesh
   # The order stays: one program may then use both meshes.
-  devices = mesh.devices.reshape(-1)
-  if tensor < 0 or devices.size % tensor:
-    raise ValueError(
-      f"mesh.rollout_tensor={tensor} must divide the {devices.size} devices; "
-      f"use {math.gcd(tensor, devices.size)}, or 0 to sample where training "
-      "has the parameters."
-    )
-  return Mesh(devices.reshape(-1, 1, tensor), AXES)
+  return Mesh(mesh.devices.reshape(-1, 1, tensor), AXES)
 
 
 def waypoints(mesh: Mesh, wanted: NamedSharding, shape) -> list[NamedSharding]:

@@ -129,6 +129,8 @@ BAD_VALUES = [
   ("mesh.fsdp", "3", "mesh.fsdp=-1"),
   ("mesh.tensor", "2", "mesh.tensor=1"),
   ("mesh.data", "0", "positive"),
+  ("mesh.rollout_tensor", "3", "use 1"),
+  ("mesh.rollout_tensor", "-1", "negative"),
   ("mesh.data", "-1", "only one axis"),
   ("task.name", "sudokuu", "'sudoku'"),
   ("task.prompt_style", "compactt", "'compact'"),
