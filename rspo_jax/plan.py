@@ -161,7 +161,8 @@ def configure(options: Options, devices: int):
     config.data.prompt_length = options.prompt
   if options.completion:
     _set_completion(config, options.completion, notes)
-  mesh = sharding.mesh_shape(**config.mesh.to_dict(), devices=devices)
+  sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
+  mesh = sharding.mesh_shape(**sizes, devices=devices)
   shards = mesh[0] * mesh[1]
   if options.sequences:
     _set_sequences(config, options.sequences, shards, notes)

@@ -227,8 +227,9 @@ def describe(program: program_lib.Program) -> Described:
   )
   state = program.state_template
   policy = program.policy(state.params)
+  sampled = program.for_sampling(policy)
   with on(mesh):
-    completions = jax.eval_shape(program.rollout_fn, policy, *prompts, key)
+    completions = jax.eval_shape(program.rollout_fn, sampled, *prompts, key)
     batch = place(jax.eval_shape(program.present_fn, completions), rows)
   sequences, length = batch.tokens.shape
   micro = settings.step.micro_batch
@@ -264,7 +265,7 @@ def describe(program: program_lib.Program) -> Described:
       program.frozen,
     ),
     "scores": scored,
-    "rollout": (policy, *prompts, key),
+    "rollout": (sampled, *prompts, key),
   }
   spare = chip_bytes(state.reference)
   if program.lora is None:
@@ -281,6 +282,13 @@ def describe(program: program_lib.Program) -> Described:
       "moments": chip_bytes(state.opt_state),
     }
     seen = scoring = ("frozen weights", "adapter")
+  sampling = seen
+  if program.lay_out is not None:
+    # A copy of its own; under an adapter that of the base stays.
+    sampling = ()
+    if program.lora is not None:
+      sampling = ("frozen weights for sampling",)
+      resident[sampling[0]] = chip_bytes(sampled.base)
   if spare:
     resident["refreshed reference"] = spare
   # As the loop calls them (train.Run.scores): where the update does not score
@@ -328,7 +336,7 @@ def describe(program: program_lib.Program) -> Described:
     uses={
       "update": (*seen, "moments", *(["refreshed reference"] if spare else ())),
       "scores": scoring,
-      "rollout": seen,
+      "rollout": sampling,
     },
     resident=Resident(resident),
     trips={

@@ -37,6 +37,25 @@ from rspo_jax.models import (
 _ADAPTER = 0x6C6F7261  # fold of the run's key: the new adapter
 
 
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """Brings arrays where they are wanted, abstract ones too.
+
+  Attributes:
+    shardings: where, leaf by leaf.
+    fn: jitted, tree -> tree.
+  """
+
+  shardings: Any
+  fn: Any
+
+  def __call__(self, tree):
+    """The tree in its new places."""
+    if isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct):
+      return _placed(tree, self.shardings)
+    return self.fn(tree)
+
+
 @dataclasses.dataclass
 class Program:
   """Everything a run computes with: model, data and compiled functions.
@@ -71,8 +90,8 @@ class Program:
   refresh_fn: Any
   present_fn: Any
   sampling: Any  # (SamplerSettings, group size) -> a jitted rollout
-  lay_out: Any = None  # jitted: parameters -> where sampling wants them
-  lay_out_adapter: Any = None
+  lay_out: "Layout | None" = None  # of the parameters, for sampling
+  lay_out_adapter: "Layout | None" = None
 
   @functools.cached_property
   def _base_for_sampling(self):
@@ -343,23 +362,22 @@ def assemble(
       out_shardings=completions,
     )
 
+  def layout(before, after):
+    moved = functools.partial(_laid_out, rollout_mesh, before)
+    return Layout(after, jit(moved, out_shardings=after))
+
   lay_out = lay_out_adapter = None
   if rollout_mesh is not mesh:
     _check_heads(config, settings.rollout_tensor)
-    lay_out = jit(
-      functools.partial(_laid_out, rollout_mesh, _shardings(mesh, config)),
-      out_shardings=_shardings(rollout_mesh, config),
-    )
+    lay_out = layout(_shardings(mesh, config), _shardings(rollout_mesh, config))
     if lora_settings is not None:
-      boxed = jax.eval_shape(
+      boxed_adapter = jax.eval_shape(
         functools.partial(lora.boxed, config, lora_settings),
         jax.random.key(0),
       )
-      lay_out_adapter = jit(
-        functools.partial(
-          _laid_out, rollout_mesh, sharding.shardings(mesh, boxed)
-        ),
-        out_shardings=sharding.shardings(rollout_mesh, boxed),
+      lay_out_adapter = layout(
+        sharding.shardings(mesh, boxed_adapter),
+        sharding.shardings(rollout_mesh, boxed_adapter),
       )
 
   step = (settings.step, settings.likelihood)
