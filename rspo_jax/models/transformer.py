@@ -30,6 +30,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from rspo_jax import sharding
@@ -214,7 +215,12 @@ def _gathered(kernel, axes, mesh):
   product of activations becomes an all-reduce.
   """
   whole = tuple(None if axis in ("embed", "rank") else axis for axis in axes)
-  return sharding.constrain(mesh, kernel, whole)
+  kernel = sharding.constrain(mesh, kernel, whole)
+  if mesh.devices.flat[0].platform != "tpu":
+    return kernel
+  # Otherwise the compiler keeps transposed copies of all layers' query, key
+  # and value kernels for as long as the step lasts.
+  return with_layout_constraint(kernel, Layout(tuple(range(kernel.ndim))))
 
 
 def _gathered_forward(kernel, axes, mesh):
