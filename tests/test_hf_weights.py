@@ -489,6 +489,7 @@ def test_a_bucket_serves_as_a_folder(tmp_path, bucket):
 
 def test_a_bucket_without_its_library_says_what_to_install(monkeypatch):
   backend = pytest.importorskip("etils.epath.backend")
+  epath = pytest.importorskip("etils.epath")
 
   def missing(*_):
     raise ImportError("Please install gcsfs")
@@ -498,6 +499,8 @@ def test_a_bucket_without_its_library_says_what_to_install(monkeypatch):
   )
   with pytest.raises(hf_weights.CheckpointError, match=r"gcsfs.*\[gcs\]"):
     hf_weights.load_model("gs://bucket/model")
+  with pytest.raises(hf_weights.CheckpointError, match=r"gcsfs.*\[gcs\]"):
+    hf_weights.make_folder(epath.Path("gs://bucket/model"))
 
 
 # --- Bad checkpoints ---------------------------------------------------------

@@ -164,7 +164,7 @@ def save_adapter(
   if base:
     written["base_model_name_or_path"] = base
   folder = epath.Path(path).expanduser()
-  folder.mkdir(parents=True, exist_ok=True)
+  hf_weights.make_folder(folder)
   content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
   hf_weights.write_file(folder / WEIGHTS, content)
   hf_weights.write_file(folder / CONFIG, hf_weights.json_bytes(written))

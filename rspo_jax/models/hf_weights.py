@@ -300,7 +300,7 @@ def save_model(model: Model, path) -> None:
   # Every process takes part in gathering, the first one writes.
   writes = jax.process_index() == 0
   if writes:
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
   for name, shard in shards.items():
     _write_shard(folder / name, shard, by_path, writes)
   if not writes:
@@ -316,6 +316,22 @@ def save_model(model: Model, path) -> None:
   if model.tokenizer is not None:
     model.tokenizer.save(folder)
   write_file(folder / "config.json", json_bytes(source_config))
+
+
+def make_folder(folder) -> None:
+  """Makes a folder to write into, or says what a bucket needs."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except ImportError as error:
+    raise CheckpointError(_no_bucket(folder, error)) from error
+
+
+def _no_bucket(path, error) -> str:
+  """The message where the library that reaches buckets is not installed."""
+  return (
+    f"{path} lies in a bucket, and what reaches it is not installed ({error}); "
+    "install the extra [gcs], or use a local folder."
+  )
 
 
 def read_config(folder) -> dict[str, Any]:
@@ -452,10 +468,7 @@ def resolve_folder(path):
     if folder.is_dir():
       return folder
   except ImportError as error:
-    raise CheckpointError(
-      f"{path} lies in a bucket, and what reads it is not installed "
-      f"({error}); install the extra [gcs], or copy the folder here."
-    ) from error
+    raise CheckpointError(_no_bucket(path, error)) from error
   if folder.exists():
     raise CheckpointError(
       f"{path} is a file; give the folder that holds config.json and the "
