@@ -129,9 +129,7 @@ class MetricsWriter:
       row.update({k: None if k in bad else v for k, v in values.items()})
       self._append(step, json.dumps(row, allow_nan=False).encode() + b"\n")
       if self._with_tensorboard:
-        events = self._open_events()
-        for key, value in finite.items():
-          events.add_scalar(key, value, step)
+        self._add_scalars(step, finite)
       if self._trackers is not None:
         self._trackers.each("scalars", step, finite)
       self._view.update(step, finite)
@@ -281,6 +279,19 @@ class MetricsWriter:
       except OSError as error:
         raise self._write_error(error) from error
     return self._events
+
+  def _add_scalars(self, step: int, values: Mapping[str, float]) -> None:
+    """One event a row: each handed to the writing thread is a wait for it."""
+    from tensorboardX.proto import summary_pb2
+
+    writer = self._open_events().file_writer
+    row = summary_pb2.Summary(
+      value=[
+        summary_pb2.Summary.Value(tag=key, simple_value=value)
+        for key, value in values.items()
+      ]
+    )
+    writer.add_summary(row, step)
 
   def _close_events(self) -> None:
     if self._events is not None:

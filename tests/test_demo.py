@@ -268,6 +268,11 @@ def test_whoever_leaves_does_not_stop_the_next(server):
 def test_the_page_denoises_and_tells_the_verdict(server, browser, dark):
   home = f"http://127.0.0.1:{server.server_address[1]}/"
   browser.open(home, width=390, height=844, dark=dark)
+  browser.run(
+    "new Promise(done => { const look = () => "
+    "document.getElementById('go').disabled ? setTimeout(look, 20) : done(); "
+    "look(); })"
+  )
   browser.run("document.getElementById('pace').value = 0")
   browser.run("document.getElementById('steps').value = 4")
   browser.run("document.getElementById('form').requestSubmit()")

@@ -423,7 +423,7 @@ def test_a_terminal_gets_one_live_line_and_its_cursor_back(tmp_path):
   os.close(ours)
   assert child.wait() == 0, shown.decode()
   text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
-  assert "compiling rollout 0 s" in text
+  assert re.search(r"compiling rollout \d s", text)
   assert re.search(r"compiling rollout: \d\.\d s", text)
   assert "step 20/20" in text
   assert "reward 0.500" in text
