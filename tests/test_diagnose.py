@@ -67,9 +67,11 @@ def test_words_that_mean_nothing_are_refused(word, message):
     diagnose.parse(["diagnose", "--config=c", word])
 
 
+@pytest.mark.slow  # compiles a dozen programs
 def test_the_command_writes_numbers_and_says_what_is_wrong(
-  tiny, tmp_path, quick_runs, capsys
+  tiny, tmp_path, quick_runs, capsys, monkeypatch
 ):
+  monkeypatch.setattr(diagnose, "LONG_PAIRS", 32)
   folder = tmp_path / "out"
   words = [w for w in tiny("unused") if not w.startswith("--workdir")]
   words += [f"--out={folder}", f"--policy={tiny.checkpoint}", "--forwards=2"]
