@@ -438,6 +438,8 @@ def _smaller_state(plan, settings) -> list[str]:
   """Settings under which less stays in memory."""
   held = plan["resident_by_name_gb"]
   lines = []
+  if settings.lora["settings"] is None and not settings.supervised:
+    lines.append("lora.rank=64: an adapter alone has gradients and moments")
   if settings.model["param_dtype"] == "float32":
     lines.append(
       f"model.param_dtype=bfloat16: {held['weights']:.1f} GB of weights halve"
