@@ -440,3 +440,18 @@ def test_a_run_that_is_killed_at_random_moments_is_the_run_of_one_go(
     kill.Killer(random.Random(1), life_s=4.0),
   )
   assert found["kills"] == 2 and found["different"] == []
+
+
+@pytest.mark.slow
+def test_a_process_whose_partner_is_killed_ends_with_3_soon(tiny, tmp_path):
+  argv = tiny(tmp_path / "run", run__steps=1000, run__checkpoint_every=1)
+  first, second = kill.start_pair(argv)
+  for line in first.stdout:
+    if line.startswith("step 1/"):
+      break
+  second.kill()
+  second.communicate()
+  rest = first.communicate(timeout=60)[0]
+  assert first.returncode == 3
+  assert "Another process of the run has gone" in rest
+  assert "Traceback" not in rest
