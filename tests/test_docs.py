@@ -34,6 +34,8 @@ def commands(page):
         words = shlex.split(part, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
           words = words[1:]
+        if words and words[-1] == "&":  # in the background
+          words = words[:-1]
         if words:
           yield [word.removeprefix(".venv/bin/") for word in words]
 
