@@ -170,6 +170,13 @@ def _that_divides(mesh, sharding, shape):
   return NamedSharding(mesh, PartitionSpec(*entries))
 
 
+def spec(mesh: Mesh, shape, axes) -> PartitionSpec:
+  """Mesh axes of an array of a shape by logical names (None: whole)."""
+  rules = dict(RULES)
+  wanted = PartitionSpec(*(axis and rules[axis] for axis in axes))
+  return _that_divides(mesh, NamedSharding(mesh, wanted), shape).spec
+
+
 def constrain(mesh: Mesh | None, x, axes):
   """x laid out by logical axis names (None: whole along that axis).
 
@@ -177,9 +184,7 @@ def constrain(mesh: Mesh | None, x, axes):
   """
   if mesh is None or mesh.size == 1:
     return x
-  rules = dict(RULES)
-  spec = PartitionSpec(*(axis and rules[axis] for axis in axes))
-  where = _that_divides(mesh, NamedSharding(mesh, spec), x.shape)
+  where = NamedSharding(mesh, spec(mesh, x.shape, axes))
   return jax.lax.with_sharding_constraint(x, where)
 
 

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from rspo_jax import sharding
 from rspo_jax.models.families import ModelConfig
@@ -207,32 +207,81 @@ class RMSNorm(nn.Module):
     return out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(kernel, axes, mesh):
-  """A kernel as its layer multiplies by it: whole along "embed" and "rank".
+def _contract(x, matrix, axis_x: int, axis_matrix: int):
+  """The plain product over one axis of each of two matrices."""
+  return jax.lax.dot_general(x, matrix, (((axis_x,), (axis_matrix,)), ((), ())))
+
+
+def _whole(matrix, axes, mesh):
+  """A matrix as its layer multiplies by it: whole along "embed" and "rank".
 
   Left to itself the partitioner splits the contraction instead, and every
   product of activations becomes an all-reduce.
   """
   whole = tuple(None if axis in ("embed", "rank") else axis for axis in axes)
-  kernel = sharding.constrain(mesh, kernel, whole)
+  matrix = sharding.constrain(mesh, matrix, whole)
   if mesh.devices.flat[0].platform != "tpu":
-    return kernel
+    return matrix
   # Otherwise the compiler keeps transposed copies of all layers' query, key
   # and value kernels for as long as the step lasts.
-  return with_layout_constraint(kernel, Layout(tuple(range(kernel.ndim))))
+  return with_layout_constraint(matrix, Layout(tuple(range(matrix.ndim))))
 
 
-def _gathered_forward(kernel, axes, mesh):
-  return _gathered(kernel, axes, mesh), None
+def _laid_out(mesh) -> bool:
+  """Whether kernels are gathered, or their layout is pinned (one TPU)."""
+  if mesh is None:
+    return False
+  return mesh.size > 1 or mesh.devices.flat[0].platform == "tpu"
 
 
-def _gathered_backward(axes, mesh, _, cotangent):
-  # As shards inside the scan over layers: reduce-scattered, not all-reduced.
-  return (sharding.constrain(mesh, cotangent, axes),)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _sharded_product(x, matrix, axes, mesh):
+  """x [rows, in] times a sharded matrix [in, out], which is gathered."""
+  return _contract(x, _whole(matrix, axes, mesh), 1, 0)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+def _product_forward(x, matrix, axes, mesh):
+  return _sharded_product(x, matrix, axes, mesh), (x, matrix)
+
+
+def _product_backward(axes, mesh, kept, cotangent):
+  x, matrix = kept
+  into_x = _contract(cotangent, _whole(matrix, axes, mesh), 1, 1)
+  into_matrix = _sharded_gradient(x, cotangent, matrix.shape, axes, mesh)
+  return into_x, into_matrix.astype(matrix.dtype)
+
+
+_sharded_product.defvjp(_product_forward, _product_backward)
+
+
+def _sharded_gradient(x, cotangent, shape, axes, mesh):
+  """x^T cotangent [in, out], as the shards of a matrix with these axes.
+
+  Each device multiplies its own rows, and the sum over devices leaves each
+  with its shard: a reduce-scatter. The partitioner would all-reduce the whole
+  gradient inside the scan over layers and then drop most of it.
+  """
+  own = sharding.spec(mesh, shape, axes)
+  split = [i for i, entry in enumerate(own) if entry == "fsdp"]
+  rows = sharding.spec(mesh, x.shape, ("batch", None))[0]
+  if mesh.size == 1 or not split or rows is None:
+    return sharding.constrain(mesh, _contract(x, cotangent, 0, 0), axes)
+  inputs, outputs = (None if entry == "fsdp" else entry for entry in own)
+
+  def local(x, cotangent):
+    partial = _contract(x, cotangent, 0, 0)
+    partial = jax.lax.psum_scatter(
+      partial, "fsdp", scatter_dimension=split[0], tiled=True
+    )
+    return jax.lax.psum(partial, "data")
+
+  return jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(PartitionSpec(rows, inputs), PartitionSpec(rows, outputs)),
+    out_specs=own,
+    check_vma=False,
+  )(x, cotangent)
 
 
 class Dense(nn.Module):
@@ -281,10 +330,10 @@ class Dense(nn.Module):
     return product
 
   def _product(self, x, matrix, axes):
-    """x [..., in] times a matrix [in, out], gathered in the compute dtype."""
+    """x [..., in] times a matrix [in, out], both in the compute dtype."""
     matrix = matrix.astype(self.config.compute_dtype)
-    if self.mesh is not None:
-      matrix = _gathered(matrix, axes, self.mesh)
+    if _laid_out(self.mesh):
+      return _sharded_product(x, matrix, axes, self.mesh)
     contract = (((x.ndim - 1,), (0,)), ((), ()))
     return (self.dot or jax.lax.dot_general)(x, matrix, contract)
 
