@@ -21,7 +21,10 @@ def get_config() -> ml_collections.ConfigDict:
   #                               | bfloat16: dtype of matmul inputs
   model.param_dtype = "float32"  # float32 | bfloat16: storage of parameters;
   #                                bfloat16 ones are rounded stochastically
-  model.attention = "einsum"  # einsum | flash (from about 1,024 tokens on)
+  model.attention = "einsum"  # einsum | flash: scores are never held; splash
+  #                             kernel on TPU (heads of a multiple of 128),
+  #                             cuDNN on GPU (bfloat16), XLA's form elsewhere;
+  #                             from about 1,024 tokens on
   model.remat = False  # recompute layer activations in the backward pass
   model.head_chunks = 1  # pieces in which the vocabulary head is evaluated
   model.new = new = ml_collections.ConfigDict()  # shape, where path is ""

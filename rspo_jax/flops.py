@@ -50,7 +50,10 @@ def _of_equation(eqn, unknown_trips: int) -> float:
     inside *= math.prod(params["mesh"].shape.values())
   if name == "pallas_call":
     cost = params.get("cost_estimate")
-    return float(cost.flops) if cost is not None else 0.0
+    if cost is not None:
+      return float(cost.flops)
+    # Its body is that of one place of the grid.
+    return inside * math.prod(params["grid_mapping"].grid)
   return inside
 
 

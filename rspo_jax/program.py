@@ -26,6 +26,7 @@ from rspo_jax import (
 )
 from rspo_jax import settings as settings_lib
 from rspo_jax.models import (
+  attention,
   families,
   fresh,
   hf_adapters,
@@ -187,7 +188,8 @@ def model_config(
   """A checkpoint's shape with the run's compute settings.
 
   Raises:
-    ValueError: the run's sequences are longer than the checkpoint was made for.
+    ValueError: the run's sequences are longer than the checkpoint was made
+      for; heads that flash attention cannot take.
   """
   dtype = settings.model["compute_dtype"]
   if dtype == "auto":
@@ -204,6 +206,8 @@ def model_config(
       f"make {longest} tokens, but the checkpoint was made for "
       f"{config.max_length}; shorten one of them."
     )
+  if settings.model["attention"] == "flash":
+    attention.check(config.head_dim, mesh)
   return dataclasses.replace(
     config,
     compute_dtype=dtype,

@@ -37,6 +37,7 @@ LEVELS = {
   "rspo_jax.collapse": 0,
   "rspo_jax.models": 0,
   "rspo_jax.models.families": 0,
+  "rspo_jax.models.attention": 0,
   "rspo_jax.tasks.base": 0,
   "rspo_jax.tasks.answers": 0,
   "rspo_jax.datasets": 0,

@@ -38,7 +38,7 @@ class ModelConfig:
     compute_dtype: dtype of matmul inputs; norms, rotary angles, attention
       weights and log-probs are float32 whatever it says.
     remat: recompute each layer's activations in the backward pass.
-    attention: "einsum" or "flash".
+    attention: "einsum" or "flash" (models/attention.py).
     head_chunks: pieces in which the vocabulary-sized head is evaluated.
   """
 

@@ -34,6 +34,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
 from rspo_jax import sharding
+from rspo_jax.models import attention
 from rspo_jax.models.families import ModelConfig
 
 # Streams by the prefix of their adapters' leaves (models/lora.py).
@@ -73,14 +74,15 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return rotated.astype(x.dtype)
 
 
-def attend(q, k, v, key_bias, kind: str = "einsum"):
+def attend(q, k, v, key_bias, kind: str = "einsum", mesh: Mesh | None = None):
   """Bidirectional attention, weights in float32.
 
   Args:
     q: [n, Sq, H, Dh].
     k, v: [n, Sk, M, Dh]; each of the M kv heads serves H / M queries heads.
     key_bias: f32 [n, Sk] added to the scores of every query, or None.
-    kind: "einsum", or "flash" (`jax.nn.dot_product_attention`).
+    kind: "einsum", or "flash" (`attention.flash`).
+    mesh: whose devices compute; only "flash" asks.
 
   Returns:
     [n, Sq, H, Dh] in q's dtype.
@@ -88,8 +90,7 @@ def attend(q, k, v, key_bias, kind: str = "einsum"):
   n, queries, heads, dim = q.shape
   keys, kv_heads = k.shape[1], k.shape[2]
   if kind == "flash":
-    bias = None if key_bias is None else key_bias[:, None, None, :]
-    return jax.nn.dot_product_attention(q, k, v, bias=bias)
+    return attention.flash(q, k, v, key_bias, mesh)
   repeat = heads // kv_heads
   # One batched 3-D matmul per kv head: XLA on the CPU is 3 times faster on it
   # than on the 4-D einsum, and the TPU compiler sees the same thing.
@@ -406,7 +407,7 @@ class Block(nn.Module):
     k = apply_rope(k.reshape(n, length, config.kv_heads, dim), *rope)
     v = v.reshape(n, length, config.kv_heads, dim)
     if cached is None:
-      attended = attend(q, k, v, key_bias, config.attention)
+      attended = attend(q, k, v, key_bias, config.attention, self.mesh)
     else:
       attended = attend_cached(q, k, v, key_bias, cached, cached_bias)
     x = x + self.out(attended.reshape(n * length, width), stream)
