@@ -73,6 +73,12 @@ def test_every_argument_builds(name, arg, tiny):
     settings.build(config, 4)
 
 
+# What an argument works out from the rest: the quadrature's form from the length
+# of completions, the study's steps from the cost of one.
+DERIVED = {(name, "gdpo", "likelihood.scheme") for name in FILES}
+DERIVED |= {("study", other, "run.steps") for other in switches("study")}
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_arguments_combine_and_the_last_one_wins(name):
   for one, other in itertools.permutations(switches(name), 2):
@@ -80,7 +86,7 @@ def test_arguments_combine_and_the_last_one_wins(name):
     last = settings.flat(load(name, other).to_dict())
     plain = settings.flat(load(name).to_dict())
     for key, value in last.items():
-      if value != plain[key]:
+      if value != plain[key] and (name, other, key) not in DERIVED:
         assert both[key] == value, (one, other, key)
 
 

@@ -9,7 +9,6 @@ import optax
 import pytest
 import test_train_step as steps
 import tiny_runs
-from test_train import ask_to_stop, disturb
 
 import rspo_jax
 from rspo_jax import main, train_step
@@ -166,7 +165,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_a_run_goes_on_from_it(
   program = tiny_runs.program_of(tiny("cut"))
   shapes = jax.tree.leaves(program.state_template.params)
   assert len(shapes) == 2 * len(lora.PROJECTIONS)
-  disturb(monkeypatch, "train_one", 1, ask_to_stop)
+  tiny_runs.disturb(monkeypatch, "train_one", 1, tiny_runs.ask_to_stop)
   assert main.main(tiny("cut")) == 75
   assert main.main(tiny("cut")) == 0
   assert tiny_runs.repeatable(tiny.folder / "cut") == tiny_runs.repeatable(

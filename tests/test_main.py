@@ -104,7 +104,7 @@ BAD_VALUES = [
   ("likelihood.scheme", "complementry", "'complementary'"),
   ("likelihood.scope", "canvass", "'canvas'"),
   ("likelihood.masks", "3", "use 2"),
-  ("likelihood.masks", "0", "at least 1"),
+  ("likelihood.masks", "0", "use 2"),
   ("sampler.completion_length", "0", "at least 1"),
   ("sampler.block_length", "5", "use 2 or 4"),
   ("sampler.algorithm", "lada", "'llada'"),

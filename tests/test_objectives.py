@@ -729,7 +729,7 @@ def test_targets_are_advantages_over_lambda():
 @pytest.mark.parametrize(
   "options, message",
   (
-    ({"name": "dpo"}, r"objective\.name='dpo' is unknown.*rft, rspo, sft"),
+    ({"name": "dpo"}, r"objective\.name='dpo' is unknown.*rft, rspo, sapo"),
     ({"lambda_": -1.0}, r"lambda_=-1\.0 must be a finite number >= 0"),
     ({"lambda_": np.inf}, r"lambda_=inf must be a finite number >= 0"),
     ({"lambda_unit": "nat"}, r"lambda_unit='nat' must be one of"),
@@ -768,6 +768,7 @@ def test_metrics_say_whether_the_gap_is_alive_and_calibrated(settings):
     "score/relative_std": d.std(),
     "score/centred_std": x.std(),
     "score/mask_variance": relative.var(1, ddof=1).mean(),
+    "gap/lambda": settings.lambda_,
     "gap/std": gap[kept].std(),
     "gap/lambda_share": settings.lambda_ * x.std() / advantage.std(),
     "calibration/slope": np.polyfit(advantage, x, 1)[0],

@@ -757,7 +757,7 @@ def test_recorded_dream(shared, name):
     ({"mask_policy": "x"}, "'x' must be one of forbid, compete"),
     ({"top_p": 0.9}, "top_p=0.9 needs one of Dream's"),
     ({"algorithm": "entropy", "top_p": 0.0}, "top_p=0.0 must lie in"),
-    ({"algorithm": "entropy", "top_k": 0}, "top_k=0 must be at least 1"),
+    ({"algorithm": "entropy", "top_k": 0}, "top_k=0 must be a whole number of at least 1"),
     ({"algorithm": "entropy", "threshold": 0.9}, "threshold=0.9 needs algor"),
     ({"algorithm": "origin", "remasking": "random"}, "needs algorithm='llada'"),
     ({"threshold": 1.5}, "threshold=1.5 is a probability"),

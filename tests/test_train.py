@@ -289,7 +289,8 @@ def test_model_folder_holds_the_parameters_of_the_last_checkpoint(
 def test_nothing_is_compiled_twice_in_a_run(whole, program):
   del whole
   counts = program.compiled_programs()
-  assert counts.pop("present_fn") == 0  # dropped groups: scores come later
+  # Runs that drop groups do not use it; one that keeps them shares the program.
+  assert counts.pop("present_fn") <= 1
   assert set(counts.values()) == {1}, counts
 
 

@@ -193,6 +193,9 @@ def assert_agrees(folder, whole, steps=3):
   for one, other in pairs:
     assert one.keys() == other.keys()
     for key, value in one.items():
+      # More devices can need a second pass, whose scores are a cost.
+      if key.startswith("compute/"):
+        continue
       # Gap losses and what is made of d are differences of scores of order
       # 1: their error is absolute.
       assert value == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
