@@ -74,6 +74,13 @@ class Profiler:
   def _start(self) -> None:
     import jax
 
+    if _tpu_library_without_tpu():
+      self._warn(
+        f"run.profile={self._steps}: no trace, since libtpu is loaded and "
+        "there is no TPU: its profiler would end the process. Set "
+        "JAX_PLATFORMS=cpu (or cuda) to start without it."
+      )
+      return
     options = jax.profiler.ProfileOptions()
     # Python's own frames would be most of the trace.
     options.python_tracer_level = 0
@@ -83,6 +90,23 @@ class Profiler:
       self._warn(f"run.profile={self._steps}: no trace ({error}).")
       return
     self._tracing = True
+
+
+def _tpu_library_without_tpu() -> bool:
+  """Whether libtpu is in this process and no TPU is.
+
+  Its profiler is then registered with JAX and dereferences a device that is
+  not there (libtpu 0.0.52: a segmentation fault in `start_trace`).
+  """
+  import jax
+
+  if jax.default_backend() == "tpu":
+    return False
+  try:
+    maps = pathlib.Path("/proc/self/maps").read_text(errors="replace")
+  except OSError:
+    return False
+  return "libtpu.so" in maps
 
 
 def costs(folder: pathlib.Path, steps: int) -> list[dict[str, Any]]:

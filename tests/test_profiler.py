@@ -1,7 +1,9 @@
 """Profiles: own times by brute force, a trace of a real program."""
 
-import jax
-import jax.numpy as jnp
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -45,28 +47,70 @@ def test_operations_of_a_kind_are_one_row():
   assert rows[-1]["operation"] == "20 others"
 
 
-def test_a_trace_of_some_steps_names_program_and_operation(tmp_path):
-  @jax.jit
-  def grow(x):
-    return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(x @ x) / 9, x)
+_TRACE = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from rspo_jax import profiler
 
-  x = jnp.ones((200, 200))
-  told, warned = [], []
-  profile = profiler.Profiler(
-    tmp_path / "profile", 2, lambda *table: told.append(table), warned.append
+@jax.jit
+def grow(x):
+  return jax.lax.fori_loop(0, 4, lambda i, x: jnp.tanh(x @ x) / 9, x)
+
+x = jnp.ones((200, 200))
+told, warned, traced = [], [], []
+profile = profiler.Profiler(
+  pathlib.Path(sys.argv[1]), 2, lambda *table: told.append(table), warned.append
+)
+for _ in range(5):
+  with profile.step():
+    traced.append(profile._tracing)
+    jax.block_until_ready(grow(x))
+profile.close()
+"""
+
+
+def _in_new_process(script, folder):
+  """Runs a script in a process that has loaded nothing else."""
+  ran = subprocess.run(
+    [sys.executable, "-c", script, str(folder)],
+    env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    capture_output=True,
+    text=True,
+    timeout=240,
   )
-  traced = []
-  for _ in range(5):
-    with profile.step():
-      traced.append(profile._tracing)
-      jax.block_until_ready(grow(x))
-  profile.close()
-  assert traced == [False, True, True, False, False]
-  assert warned == []
-  ((rows, title),) = told
-  assert title.startswith("costs of 2 steps")
-  assert {"grow"} <= {row["program"] for row in rows}
-  assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+  assert ran.returncode == 0, ran.stderr
+
+
+def test_a_trace_of_some_steps_names_program_and_operation(tmp_path):
+  _in_new_process(
+    _TRACE
+    + """
+assert traced == [False, True, True, False, False], traced
+assert warned == [], warned
+((rows, title),) = told
+assert title.startswith("costs of 2 steps"), title
+assert {"grow"} <= {row["program"] for row in rows}, rows
+assert list(pathlib.Path(sys.argv[1]).rglob("*.xplane.pb"))
+""",
+    tmp_path / "profile",
+  )
+
+
+def test_where_libtpu_is_loaded_without_a_tpu_the_run_goes_on(tmp_path):
+  pytest.importorskip("libtpu")
+  _in_new_process(
+    """
+from rspo_jax import chips, planner
+planner.topology_devices(chips.parse("v5e:2x2"))
+"""
+    + _TRACE
+    + """
+assert traced == [False] * 5 and told == [], (traced, told)
+(warning,) = warned
+assert "run.profile=2" in warning and "JAX_PLATFORMS" in warning, warning
+""",
+    tmp_path / "profile",
+  )
 
 
 def test_without_steps_nothing_is_traced(tmp_path):
