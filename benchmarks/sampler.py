@@ -57,7 +57,7 @@ def random_model():
 
 def flops(config, rows: int, cache: str) -> float:
   """Useful FLOPs of one call of `generate`."""
-  from step import forward_flops
+  from rspo_jax.flops import forward_flops
 
   canvas = PROMPT + COMPLETION
   blocks = COMPLETION // BLOCK

@@ -22,23 +22,6 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 
-def forward_flops(config, sequences: int, length: int, head_rows: int) -> float:
-  """FLOPs of one forward pass: projections, attention, head.
-
-  Args:
-    config: `ModelConfig`.
-    sequences, length: n and S.
-    head_rows: rows of all sequences together at which the head is evaluated.
-  """
-  kv_width = config.kv_heads * config.head_dim
-  layer = 2 * config.width * (config.width + kv_width)
-  layer += 3 * config.width * config.mlp_width
-  attention = 2 * length * config.width
-  per_token = config.layers * (layer + attention)
-  head = config.width * config.vocab_size
-  return 2.0 * (sequences * length * per_token + head_rows * head)
-
-
 def main() -> None:
   """Prints one JSON line."""
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -53,6 +36,7 @@ def main() -> None:
   from rspo_jax import program as program_lib
   from rspo_jax import settings as settings_lib
   from rspo_jax import sharding, train_step
+  from rspo_jax.flops import forward_flops
 
   path, _, arg = options.config.partition(":")
   spec = importlib.util.spec_from_file_location("config", ROOT / path)

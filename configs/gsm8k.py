@@ -65,6 +65,8 @@ def _llada_8b(config):
 def _dream_7b(config):
   config.model.published = "dream_7b"
   config.sampler.algorithm = "entropy"
+  # ESPO's sampling of Dream, but in blocks, as everything here.
+  config.sampler.top_p = 0.95
   adapter(config)
 
 

@@ -15,6 +15,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configs.md"
 sys.path.insert(0, str(ROOT))
 
+from rspo_jax import settings  # noqa: E402
+
 # They switch between config files and are none themselves.
 NO_CONFIGS = ("__init__", "base", "recipes")
 
@@ -43,17 +45,6 @@ def comments(source: str) -> dict[str, str]:
   return found
 
 
-def flat(config: dict, prefix: str = "") -> dict:
-  """Nested dict -> {"group.key": value}."""
-  out = {}
-  for name, value in config.items():
-    if isinstance(value, dict):
-      out |= flat(value, f"{prefix}{name}.")
-    else:
-      out[prefix + name] = value
-  return out
-
-
 # Groups that have a shorter name in the file.
 ALIASES = {"eval": "evaluation", "model.new": "new"}
 
@@ -80,7 +71,7 @@ def page() -> str:
   """The text of docs/configs.md."""
   base = importlib.import_module("configs.base")
   said = comments((ROOT / "configs" / "base.py").read_text("utf-8"))
-  values = flat(base.get_config().to_dict())
+  values = settings.flat(base.get_config().to_dict())
   lines = [
     "# Configs",
     "",

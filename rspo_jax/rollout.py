@@ -206,6 +206,29 @@ def order_by_keep(keep: np.ndarray, shards: int) -> np.ndarray:
   return np.concatenate([np.asarray(pile, int) for pile in piles])
 
 
+def scope_masks(completion_mask, token_mask, scope: str):
+  """Which completion tokens are scored, and which of the canvas are seen.
+
+  Args:
+    completion_mask: bool [n, L], True through the first EOS; numpy or jax.
+    token_mask: bool [n, S], False on left padding; of the same kind.
+    scope: as in likelihood.LikelihoodSettings.
+
+  Returns:
+    (scored [n, L], seen [n, S]).
+  """
+  length = completion_mask.shape[1]
+  if scope == "canvas":
+    return completion_mask | True, token_mask
+  if scope == "completion":
+    xp = jnp if isinstance(token_mask, jax.Array) else np
+    before, after = token_mask[:, :-length], token_mask[:, -length:]
+    return completion_mask, xp.concatenate(
+      [before, after & completion_mask], axis=1
+    )
+  return completion_mask, token_mask
+
+
 def assemble(
   tokens: np.ndarray,
   token_mask: np.ndarray,
@@ -272,14 +295,7 @@ def assemble(
     keep = (advantages != 0).any(1)
     order = order_by_keep(keep, shards)
   rows = (order[:, None] * group + np.arange(group)).reshape(-1)
-  length = completion_mask.shape[1]
-  scored, seen = completion_mask, token_mask
-  if scope == "canvas":
-    scored = np.ones_like(completion_mask)
-  elif scope == "completion":
-    seen = np.concatenate(
-      [token_mask[:, :-length], token_mask[:, -length:] & scored], axis=1
-    )
+  scored, seen = scope_masks(completion_mask, token_mask, scope)
   return RolloutBatch(
     tokens=tokens[rows],
     token_mask=seen[rows],
@@ -303,12 +319,8 @@ def present(
   The same masks as `assemble` gives, on the device and in the rollout's
   order, for scores that are computed before the rewards are known.
   """
-  n, length = out.completion_mask.shape
-  scored, seen = out.completion_mask, out.token_mask
-  if scope == "canvas":
-    scored = jnp.ones_like(scored)
-  elif scope == "completion":
-    seen = seen.at[:, -length:].set(seen[:, -length:] & scored)
+  n = len(out.tokens)
+  scored, seen = scope_masks(out.completion_mask, out.token_mask, scope)
   return RolloutBatch(
     tokens=out.tokens,
     token_mask=seen,

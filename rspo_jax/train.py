@@ -341,11 +341,9 @@ class Run:
     tokens = np.concatenate([batch.tokens, batch.completion], axis=1)
     seen = np.concatenate([batch.mask, np.ones((n, length), bool)], axis=1)
     ends = batch.completion == program.model.config.eos_id
-    scored = np.cumsum(ends, axis=1) - ends == 0
-    if self.settings.likelihood.scope == "canvas":
-      scored = np.ones_like(scored)
-    else:
-      seen[:, -length:] &= scored
+    scored, seen = rollout.scope_masks(
+      np.cumsum(ends, axis=1) - ends == 0, seen, self.settings.likelihood.scope
+    )
     ones = np.ones(n, np.float32)
     host = train_step.RolloutBatch(
       tokens, seen, scored, ones, np.zeros_like(ones), ones
@@ -388,7 +386,8 @@ class Run:
       length = ended.shape[1]
       texts = program.to_text(host_tokens[:, -length:], ended)
       judged = program.judge(prompts.examples, texts)
-      finished, forwards = self.finishes(prompts, out, key)
+    finished, forwards = self.finishes(prompts, out, key, watch)
+    with watch("time/reward_s"):
       host = rollout.assemble(
         host_tokens,
         sharding.local_rows(out.token_mask),
@@ -515,10 +514,11 @@ class Run:
       if has_gap or key == "relative":
         self.writer.histogram(step, name, columns[key])
 
-  def finishes(self, prompts, out, key):
+  def finishes(self, prompts, out, key, watch):
     """Rewards of completions of partial canvases, where an objective asks.
 
-    One forward of the schedule is drawn for the whole step.
+    One forward of the schedule is drawn for the whole step. Completing them
+    counts as rollout, judging them as reward.
 
     Returns:
       (rewards f32 [F, n] of this host or None, forwards they took).
@@ -531,13 +531,15 @@ class Run:
     forward = jax.random.randint(keys[-1], (), 1, settings.sampler.steps)
     rewards, forwards = [], 0.0
     for own in keys[:-1]:
-      done = self.call(
-        "finishing", program.finish_fn, self.policy, out, forward, own
-      )
-      ended = sharding.local_rows(done.completion_mask)
-      tokens = sharding.local_rows(done.tokens)[:, -ended.shape[1] :]
-      texts = program.to_text(tokens, ended)
-      rewards.append(program.judge(prompts.examples, texts).rewards)
+      with watch("time/rollout_s"):
+        done = self.call(
+          "finishing", program.finish_fn, self.policy, out, forward, own
+        )
+        ended = sharding.local_rows(done.completion_mask)
+        tokens = sharding.local_rows(done.tokens)[:, -ended.shape[1] :]
+      with watch("time/reward_s"):
+        texts = program.to_text(tokens, ended)
+        rewards.append(program.judge(prompts.examples, texts).rewards)
       forwards += float(done.forwards)
     return np.stack(rewards), forwards
 

@@ -446,9 +446,9 @@ def make_update(
   reference's, in the two-pass form the policy's, and, where a rollout serves
   several updates and the objective has a ratio, those of the parameters that
   sampled it. Values are scores f32 [N, K], or f32 [N, U, R] for objectives per
-  token. `frozen` is what `join` wants. Returns (state, metrics); a non-finite loss or gradient, or a batch
-  without a kept sequence, leaves the state as it was, but for the step, and
-  reports `update/applied` 0.
+  token. `frozen` is what `join` wants. Returns (state, metrics); a loss,
+  gradient or score that is not finite, or a batch without a kept sequence,
+  leaves the state as it was, but for the step, and reports `update/applied` 0.
   """
   entry = objectives.OBJECTIVES[objective.name]
   loss_fn, per_token = entry.loss, entry.per_token

@@ -53,6 +53,28 @@ def assemble(rewards, group, **options):
   return batch, (tokens, mask, ended)
 
 
+@pytest.mark.parametrize(
+  ("scope", "all_scored", "end_seen"),
+  [
+    ("completion", False, False),
+    ("masked_tail", False, True),
+    ("canvas", True, True),
+  ],
+)
+def test_scopes_score_and_show_what_they_say(scope, all_scored, end_seen):
+  _, mask, ended = completions(12)
+  for kind in (np.asarray, jnp.asarray):
+    scored, seen = rollout.scope_masks(kind(ended), kind(mask), scope)
+    length = ended.shape[1]
+    np.testing.assert_array_equal(
+      scored, np.ones_like(ended) if all_scored else ended
+    )
+    np.testing.assert_array_equal(seen[:, :-length], mask[:, :-length])
+    np.testing.assert_array_equal(
+      seen[:, -length:], np.ones_like(ended) if end_seen else ended
+    )
+
+
 # Rollout.
 
 
