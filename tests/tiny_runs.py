@@ -104,12 +104,19 @@ def quick():
 
 
 def save_checkpoint(folder: pathlib.Path) -> None:
-  """Saves the tiny model as a checkpoint."""
+  """Saves the tiny model as a checkpoint.
+
+  Its logits are spread as a trained model's: where all positions are about
+  equally sure, which is filled first is a matter of rounding, and runs on
+  other numbers of devices part.
+  """
   import jax
 
   from rspo_jax.models import fresh, hf_weights
 
-  model = fresh.new_model(SHAPE, jax.random.key(0))
+  model = fresh.new_model(SHAPE, jax.random.key(5))
+  head = jax.tree.map(lambda x: 10 * x, model.params["head"])
+  model = dataclasses.replace(model, params=model.params | {"head": head})
   hf_weights.save_model(model, folder)
 
 
