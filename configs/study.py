@@ -17,8 +17,8 @@ objectives with several updates a rollout, or many masks, take fewer steps.
 
 from configs import base, countdown, recipes, sudoku
 
-BUDGET = 2400  # forwards of one completion: 100 steps of RSPO
-TUNED = (3e-5, 1e-4, 3e-4)
+BUDGET = 1200  # forwards of one completion: 50 steps of RSPO
+TUNED = (1e-4, 3e-4, 1e-3)
 TUNING_SEED = 100
 SEEDS = (0, 1, 2, 3, 4)
 OBJECTIVES = ("rspo", "rft", *recipes.SWITCHES)
