@@ -4,9 +4,11 @@
 
 1. Writes a checkpoint of random weights in LLaDA's layout, in several files
    (into DIR, kept; or a temporary folder, removed).
-2. Reads its bytes once (`read`), which is what the disk or its cache gives.
+2. Reads its bytes twice: from the disk (`cold_read`; Linux is asked to forget
+   them) and from memory (`read`).
 3. Starts a process that imports the package, notes its memory, loads the
-   checkpoint, and notes the largest memory that it had (`VmHWM`).
+   checkpoint, and notes the largest memory that it had (`VmHWM`); once with
+   the files in memory (`load`), once from the disk (`cold_load`).
 
 Prints one JSON line. The bound: memory above the imported process at most
 1.15 x checkpoint bytes + the largest stacked parameter.
@@ -14,6 +16,7 @@ Prints one JSON line. The bound: memory above the imported process at most
 
 import argparse
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -88,8 +91,17 @@ def write(folder: pathlib.Path, size: float) -> int:
   return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
-def measure(folder: pathlib.Path, dtype: str) -> dict:
-  """Loads the folder in a process of its own; seconds and bytes."""
+def forget(folder: pathlib.Path) -> None:
+  """Asks the system to drop the files from its cache."""
+  for file in folder.glob("*.safetensors"):
+    descriptor = os.open(file, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def read(folder: pathlib.Path) -> tuple[float, int]:
+  """Reads all files once: (seconds, bytes)."""
   start = time.perf_counter()
   size = 0
   for file in sorted(folder.glob("*.safetensors")):
@@ -97,7 +109,11 @@ def measure(folder: pathlib.Path, dtype: str) -> dict:
       buffer = bytearray(2**24)
       while count := stream.readinto(buffer):
         size += count
-  read = time.perf_counter() - start
+  return time.perf_counter() - start, size
+
+
+def load(folder: pathlib.Path, dtype: str) -> dict:
+  """Loads the folder in a process of its own: what LOAD prints."""
   out = subprocess.run(
     [sys.executable, "-c", LOAD, str(folder), dtype],
     cwd=ROOT,
@@ -105,7 +121,17 @@ def measure(folder: pathlib.Path, dtype: str) -> dict:
     capture_output=True,
     text=True,
   )
-  found = json.loads(out.stdout.splitlines()[-1])
+  return json.loads(out.stdout.splitlines()[-1])
+
+
+def measure(folder: pathlib.Path, dtype: str) -> dict:
+  """Reads and loads the folder; seconds and bytes."""
+  forget(folder)
+  cold_read_s, size = read(folder)
+  forget(folder)
+  cold_load_s = load(folder, dtype)["seconds"]
+  read_s, _ = read(folder)
+  found = load(folder, dtype)
   # The checkpoint's bytes as the parameters are stored: a cast to float32
   # needs twice those of bfloat16 files, whoever does it.
   allowed = 1.15 * max(size, found["parameters"]) + found["largest"]
@@ -118,7 +144,9 @@ def measure(folder: pathlib.Path, dtype: str) -> dict:
     "peak_over_checkpoint": round(above / size, 3),
     "allowed_bytes": int(allowed),
     "within": above <= allowed,
-    "read_s": round(read, 3),
+    "cold_read_s": round(cold_read_s, 3),
+    "cold_load_s": round(cold_load_s, 3),
+    "read_s": round(read_s, 3),
     "load_s": round(found["seconds"], 3),
     "load_bytes_per_s": int(size / found["seconds"]),
   }
