@@ -21,7 +21,6 @@ import json
 import pathlib
 import random
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -114,9 +113,7 @@ class Setting:
 
 def start_pair(argv) -> list[subprocess.Popen]:
   """Starts a run of two processes."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    port = free.getsockname()[1]
+  port = tiny_runs.free_port()
   return [
     start(
       argv,

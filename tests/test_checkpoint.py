@@ -9,7 +9,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -21,6 +20,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+import tiny_runs
 from flax import struct
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -612,9 +612,7 @@ print("fine")
 
 
 def test_two_processes_save_and_choose_together(tmp_path):
-  with socket.socket() as probe:
-    probe.bind(("localhost", 0))
-    port = probe.getsockname()[1]
+  port = tiny_runs.free_port()
   folder = tmp_path / "checkpoints"
   children = [
     start(

@@ -6,7 +6,6 @@ import json
 import os
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -53,13 +52,6 @@ SHORT = {
 }
 
 
-def free_port():
-  """A port that nothing listens on."""
-  with socket.socket() as free:
-    free.bind(("localhost", 0))
-    return free.getsockname()[1]
-
-
 def on_hosts(argvs, folder, count=2, **variables):
   """Runs commands on hosts without a common disk.
 
@@ -67,7 +59,7 @@ def on_hosts(argvs, folder, count=2, **variables):
     For every host its [status, judged] of each command; its own disk is
     folder/<index>.
   """
-  port = free_port()
+  port = tiny_runs.free_port()
   hosts = []
   for index in range(count):
     disk = folder / str(index)
@@ -214,7 +206,7 @@ def test_tasks_of_slurm_find_one_another(tmp_path):
   )
   tasks = []
   # JAX makes a port of the job's number.
-  job = str(free_port())
+  job = str(tiny_runs.free_port())
   for index in range(2):
     environment = {
       "JAX_PLATFORMS": "cpu",
@@ -304,5 +296,5 @@ def test_a_tpu_vm_asks_its_machine(monkeypatch):
     assert processes.find_cluster(GCE) == "TPU VM"
     server.shutdown()
   # Chips outside of Google's cloud: nobody answers, the process is alone.
-  monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{free_port()}")
+  monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{tiny_runs.free_port()}")
   assert processes.find_cluster(GCE) == ""

@@ -9,7 +9,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import random
 import signal
+import socket
 import time
 
 import numpy as np
@@ -238,6 +240,19 @@ def _assert_close(one, other):
     second = json.loads(second)
     # Targets are A / lambda, estimates differences of scores of order 1.
     assert json.loads(first) == pytest.approx(second, rel=1e-5, abs=1e-5)
+
+
+def free_port() -> int:
+  """A port that nothing listens on.
+
+  Below those that systems give to outgoing connections, of which one could
+  take it before it is used.
+  """
+  while True:
+    port = random.randrange(15_000, 30_000)
+    with socket.socket() as probe, contextlib.suppress(OSError):
+      probe.bind(("localhost", port))
+      return port
 
 
 # What disturbs a run, and whether it shows.
