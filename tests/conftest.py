@@ -10,6 +10,13 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items):
+  """What is marked slow may take longer than the limit of the others."""
+  for item in items:
+    if item.get_closest_marker("slow"):
+      item.add_marker(pytest.mark.timeout(0))
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
   """Folder of the reference recordings; the test is skipped without it."""
