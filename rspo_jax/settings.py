@@ -23,12 +23,20 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-  """Prompts of a step B, completions of a prompt G, temperature, and how many
-  groups of a step are kept at most (0: all)."""
+  """How the completions of a step come about.
+
+  Attributes:
+    prompts: of a step, B.
+    group_size: completions of a prompt, G.
+    temperature: of sampling.
+    stale_steps: steps by which the parameters that sample are behind.
+    keep_groups: groups of a step that are kept at most; 0: all.
+  """
 
   prompts: int
   group_size: int
   temperature: float
+  stale_steps: int
   keep_groups: int
 
 
@@ -242,6 +250,11 @@ def check_values(config) -> None:
       raise ValueError(f"{key}={values[key]} must be greater than 0.")
   for key, allowed in _CHOICES.items():
     _one_of(key, values[key], allowed)
+  if config.rollout.stale_steps not in (0, 1):
+    raise ValueError(
+      f"rollout.stale_steps={config.rollout.stale_steps} must be 0 or 1: at "
+      "most one rollout is ahead of its step."
+    )
   if config.run.profile >= config.run.steps:
     raise ValueError(
       f"run.profile={config.run.profile} must be less than run.steps="
@@ -802,6 +815,14 @@ def _check_objective(config, objective, sampler, shards: int) -> None:
       f"meaning with objective.name={objective.name!r}, which has no rollouts; "
       "use 1."
     )
+  if config.rollout.stale_steps:
+    reason = objectives.on_policy_reason(objective)
+    if reason:
+      raise ValueError(
+        f"rollout.stale_steps={config.rollout.stale_steps} trains on "
+        f"completions of older parameters, but {reason}. Otherwise use "
+        "rollout.stale_steps=0."
+      )
   if entry.needs_difference and not config.objective.skip_equal_groups:
     raise ValueError(
       "objective.skip_equal_groups=False leaves groups without any right-wrong "
