@@ -29,15 +29,15 @@ class RolloutSettings:
     prompts: of a step, B.
     group_size: completions of a prompt, G.
     temperature: of sampling.
-    stale_steps: steps by which the parameters that sample are behind.
     keep_groups: groups of a step that are kept at most; 0: all.
+    stale_steps: steps by which the parameters that sample are behind.
   """
 
   prompts: int
   group_size: int
   temperature: float
-  stale_steps: int
   keep_groups: int
+  stale_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +188,7 @@ _NOT_NEGATIVE = (
 # (low, high, whether high is allowed).
 _RANGES = {
   "data.corrupt_share": (0.0, 1.0, True),
+  "rollout.stale_steps": (0, 1, True),
   "objective.bound_mix": (0.0, 1.0, True),
   "likelihood.prompt_mask": (0.0, 1.0, False),
   "sampler.threshold": (0.0, 1.0, True),
@@ -250,11 +251,6 @@ def check_values(config) -> None:
       raise ValueError(f"{key}={values[key]} must be greater than 0.")
   for key, allowed in _CHOICES.items():
     _one_of(key, values[key], allowed)
-  if config.rollout.stale_steps not in (0, 1):
-    raise ValueError(
-      f"rollout.stale_steps={config.rollout.stale_steps} must be 0 or 1: at "
-      "most one rollout is ahead of its step."
-    )
   if config.run.profile >= config.run.steps:
     raise ValueError(
       f"run.profile={config.run.profile} must be less than run.steps="

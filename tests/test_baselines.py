@@ -381,7 +381,7 @@ REFUSED = [
     },
     "fixed schedule",
   ),
-  ({"rollout.stale_steps": 2}, "stale_steps=2 must be 0 or 1"),
+  ({"rollout.stale_steps": 2}, r"stale_steps=2 must lie in \[0, 1\]"),
   (
     {"rollout.stale_steps": 1, "objective.lambda_": 0.0},
     r"stale_steps=1 .*lambda_=0 is a gradient .*lambda_ > 0\. Otherwise",
