@@ -86,6 +86,9 @@ def get_config() -> ml_collections.ConfigDict:
   rollout.prompts = 48  # B: prompts of one step, over all devices
   rollout.group_size = 8  # G: completions of one prompt
   rollout.temperature = 1.0  # of the training rollouts
+  rollout.stale_steps = 0  # 0 | 1: with 1 the completions of a step are sampled
+  #      before the update of the step before it, while the host verifies that
+  #      one's; for objectives that stay right on them (docs/method.md)
   rollout.keep_groups = 0  # groups with unequal rewards that a step takes at
   #      most: with more prompts than that, batches are full of them; 0: all
 

@@ -192,13 +192,18 @@ class Checkpointer:
     )
     self._thread.start()
 
-  def restore(self, template: Any, step: int | None = None) -> Restored | None:
+  def restore(
+    self,
+    template: Any | Callable[[dict[str, Any]], Any],
+    step: int | None = None,
+  ) -> Restored | None:
     """Reads the newest checkpoint whose every byte is as it was written.
 
     Args:
       template: the state's tree with `jax.ShapeDtypeStruct`s or arrays as
         leaves; jax leaves come back with the template's sharding (none: the
-        first local device), whatever devices saved them, numpy leaves as numpy.
+        first local device), whatever devices saved them, numpy leaves as
+        numpy. Or a function that makes it of what was saved as `extra`.
       step: this step only.
 
     Returns:
@@ -221,6 +226,8 @@ class Checkpointer:
         )
       return None
     commit = _read_commit(chosen)
+    if callable(template):
+      template = template(commit["extra"])
     state = self._read_state(chosen, commit, template)
     return Restored(commit["step"], state, commit["extra"], messages)
 

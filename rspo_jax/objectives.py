@@ -455,6 +455,8 @@ class Objective:
     reference: "always", "kl" (where kl_weight > 0) or "never" scored.
     per_token: sees log-probs of rows instead of scores of masks.
     ratio: weighs by a ratio to the parameters of the rollout.
+    off_policy: without such a ratio its equation holds for completions of
+      whatever parameters (`on_policy_reason` says with which settings).
     reuse: several updates on one rollout make sense.
     span: the sequences that one sequence's loss depends on: "none", "group",
       or "centring", which is the settings'.
@@ -470,6 +472,7 @@ class Objective:
   reference: str = "always"
   per_token: bool = False
   ratio: bool = False
+  off_policy: bool = False
   reuse: bool = True
   span: str = "none"
   estimators: tuple[str, ...] | None = None
@@ -488,9 +491,11 @@ def _from_group(rewards, correct, normalize):
 
 
 OBJECTIVES = {
-  "rspo": Objective(rspo, _from_group, span="centring"),
+  "rspo": Objective(rspo, _from_group, span="centring", off_policy=True),
   "rft": Objective(
-    rft, lambda rewards, correct, norm: rewarded_advantages(correct)
+    rft,
+    lambda rewards, correct, norm: rewarded_advantages(correct),
+    off_policy=True,
   ),
   "sft": Objective(
     sft,
@@ -519,6 +524,7 @@ OBJECTIVES = {
     baselines.wd1,
     lambda rewards, correct, norm: softmax_advantages(rewards, norm),
     reference="never",
+    off_policy=True,
   ),
   "espo": Objective(
     baselines.espo,
@@ -527,7 +533,11 @@ OBJECTIVES = {
     ratio=True,
   ),
   "vrpo": Objective(
-    baselines.vrpo, _from_group, span="group", needs_difference=True
+    baselines.vrpo,
+    _from_group,
+    span="group",
+    needs_difference=True,
+    off_policy=True,
   ),
   "spg": Objective(
     baselines.spg,
@@ -553,5 +563,55 @@ OBJECTIVES = {
     ratio=True,
     estimators=("trace",),
   ),
-  "trafl": Objective(baselines.trafl, _from_group, span="group"),
+  "trafl": Objective(
+    baselines.trafl, _from_group, span="group", off_policy=True
+  ),
 }
+
+
+def on_policy_reason(settings: ObjectiveSettings) -> str:
+  """Why completions must be of the parameters that are trained; "" if not.
+
+  Ratios correct older completions (but for canvases that are finished later,
+  by other parameters). A regression of differences within a group, and the
+  likelihood of what was right or preferred, hold for any completions.
+
+  Args:
+    settings: the objective and its options.
+
+  Returns:
+    The reason with its remedy, or "".
+  """
+  entry = OBJECTIVES[settings.name]
+  name = f"objective.name={settings.name!r}"
+  if not entry.reuse:
+    return f"{name} has no rollouts"
+  if entry.finishes:
+    return (
+      f"{name} finishes their canvases with the present ones, which did not "
+      "sample them; choose 'diffu_grpo'"
+    )
+  if not (entry.ratio or entry.off_policy):
+    ratios = ", ".join(
+      repr(key)
+      for key, one in OBJECTIVES.items()
+      if one.ratio and not one.finishes
+    )
+    return (
+      f"{name} is a gradient of the policy that samples and has no ratio to "
+      f"correct them; choose one that has ({ratios})"
+    )
+  if settings.name != "rspo":
+    return ""
+  if not settings.lambda_:
+    return (
+      "objective.lambda_=0 is a gradient of the policy that samples, without a "
+      "ratio to correct them; set objective.lambda_ > 0"
+    )
+  if settings.centring != "group":
+    return (
+      f"objective.centring={settings.centring!r} leaves the prompt's constant "
+      "in the relative score, which only completions of the policy average "
+      "out; use objective.centring='group'"
+    )
+  return ""

@@ -240,20 +240,23 @@ def describe(program: program_lib.Program) -> Described:
   objective = objectives.OBJECTIVES[settings.objective.name]
   referenced = objective.uses_reference(settings.objective)
   updates = settings.step.updates_per_rollout
-  ratio = objective.ratio and updates > 1
+  stale = settings.rollout.stale_steps
+  ratio = objective.ratio and (updates > 1 or stale)
+  older = ratio and stale  # values under the parameters of the step before
   functions = {"update": program.update_fn, "rollout": program.rollout_fn}
   # Adapted: policy and reference in one pass over the base they share.
-  pair = program.pair_fn is not None
+  dual = program.pair_fn is not None
+  inside = dual and not two
+  # Those of older parameters are the policy's alone.
+  pair = dual and not (inside and older)
   if pair:
     functions["scores"] = program.pair_fn
-    scored = (policy, batch, key)
   else:
     functions["scores"] = program.estimate_fn
-    scored = (program.params, batch, key)
+  scored = (policy if dual else program.params, batch, key)
   with on(mesh):
     scores = place(jax.eval_shape(functions["scores"], *scored), rows)
   values = scores[0] if pair else scores
-  inside = pair and not two
   arguments = {
     "update": (
       state,
@@ -291,11 +294,14 @@ def describe(program: program_lib.Program) -> Described:
       resident[sampling[0]] = chip_bytes(sampled.base)
   if spare:
     resident["refreshed reference"] = spare
+  if stale:
+    resident["rollout ahead"] = chip_bytes(program.ahead_template())
   # As the loop calls them (train.Run.scores): where the update does not score
   # the reference itself, its scores; of two passes, and of ratios, the
-  # policy's, which a pair gives along with them.
-  calls = updates * int(ratio or two)
-  if not pair:
+  # policy's, which a pair gives along with them; those of older parameters
+  # come before.
+  calls = updates * (int(two or (ratio and not older)) + int(older))
+  if not dual:
     calls += updates * int(referenced)
   runs = {
     "update": updates,

@@ -90,6 +90,7 @@ class Program:
   update_fn: Any
   refresh_fn: Any
   present_fn: Any
+  reorder_fn: Any
   sampling: Any  # (SamplerSettings, group size) -> a jitted rollout
   lay_out: "Layout | None" = None  # of the parameters, for sampling
   lay_out_adapter: "Layout | None" = None
@@ -113,6 +114,38 @@ class Program:
       adapter = self.lay_out_adapter(adapter)
     # Sampling knows one stream, the policy's.
     return lora.Adapted(self._base_for_sampling, adapter, None, params.scale)
+
+  def ahead_template(self) -> dict[str, Any]:
+    """Abstract arrays of a rollout that waits for its step.
+
+    Its completions and, for ratios, the values of each of the step's updates
+    under the parameters that sampled them.
+    """
+    settings = self.settings
+    rows = sharding.batch_sharding(self.mesh)
+    whole = sharding.replicated(self.mesh)
+    prompts = (settings.rollout.prompts, settings.prompt_length)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = self.policy(self.state_template.params)
+    old = []
+    with self.mesh, nn.logical_axis_rules(sharding.RULES):
+      completions = jax.eval_shape(
+        self.rollout_fn,
+        self.for_sampling(params),
+        jax.ShapeDtypeStruct(prompts, jnp.int32),
+        jax.ShapeDtypeStruct(prompts, jnp.bool_),
+        key,
+      )
+      if objectives.OBJECTIVES[settings.objective.name].ratio:
+        batch = jax.eval_shape(self.present_fn, completions)
+        values = jax.eval_shape(self.estimate_fn, params, batch, key)
+        old = [values] * settings.step.updates_per_rollout
+    return jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=rows if x.ndim else whole
+      ),
+      {"completions": completions, "old": old},
+    )
 
   def policy(self, trained):
     """Parameters for the jitted functions out of what the state holds."""
@@ -448,6 +481,7 @@ def assemble(
       ),
       out_shardings=rows,
     ),
+    reorder_fn=jit(train_step.make_reorder(settings.step), out_shardings=rows),
     sampling=sampling,
     lay_out=lay_out,
     lay_out_adapter=lay_out_adapter,

@@ -23,13 +23,21 @@ CONFIG = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSettings:
-  """Prompts of a step B, completions of a prompt G, temperature, and how many
-  groups of a step are kept at most (0: all)."""
+  """How the completions of a step come about.
+
+  Attributes:
+    prompts: of a step, B.
+    group_size: completions of a prompt, G.
+    temperature: of sampling.
+    keep_groups: groups of a step that are kept at most; 0: all.
+    stale_steps: steps by which the parameters that sample are behind.
+  """
 
   prompts: int
   group_size: int
   temperature: float
   keep_groups: int
+  stale_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,6 +188,7 @@ _NOT_NEGATIVE = (
 # (low, high, whether high is allowed).
 _RANGES = {
   "data.corrupt_share": (0.0, 1.0, True),
+  "rollout.stale_steps": (0, 1, True),
   "objective.bound_mix": (0.0, 1.0, True),
   "likelihood.prompt_mask": (0.0, 1.0, False),
   "sampler.threshold": (0.0, 1.0, True),
@@ -802,6 +811,14 @@ def _check_objective(config, objective, sampler, shards: int) -> None:
       f"meaning with objective.name={objective.name!r}, which has no rollouts; "
       "use 1."
     )
+  if config.rollout.stale_steps:
+    reason = objectives.on_policy_reason(objective)
+    if reason:
+      raise ValueError(
+        f"rollout.stale_steps={config.rollout.stale_steps} trains on "
+        f"completions of older parameters, but {reason}. Otherwise use "
+        "rollout.stale_steps=0."
+      )
   if entry.needs_difference and not config.objective.skip_equal_groups:
     raise ValueError(
       "objective.skip_equal_groups=False leaves groups without any right-wrong "

@@ -124,6 +124,29 @@ class Stopwatch:
     return max(0.0, 1.0 - busy_s / step_s)
 
 
+@dataclasses.dataclass
+class Sampled:
+  """A rollout, done or under way.
+
+  Attributes:
+    step: whose completions they are.
+    prompts: of this process, a batch of data.py.
+    completions: `rollout.Completions`.
+    begun_s: clock when it was dispatched; None: by an earlier process.
+    seconds: until it was seen to be done; None: it was not yet.
+    old: where ratios are to parameters of the step before, values of the
+      completions under them for each of the step's updates, in the rollout's
+      order.
+  """
+
+  step: int
+  prompts: Any
+  completions: rollout.Completions
+  begun_s: float | None = None
+  seconds: float | None = None
+  old: list[jax.Array] = dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
   """Values of a batch for one update, from `estimate`.
@@ -177,6 +200,8 @@ class Run:
     self.step = 0
     self.saved_step = -1  # step of the newest save, under way or done
     self.amid_updates = False  # the state is between that of two steps
+    self.ahead: Sampled | None = None  # of the next step, where it is done
+    self.following: Sampled | None = None  # of the step after the present one
     self.tally = incident.Tally()
     self.watch = collapse.Watch()
     self.seconds: dict[str, float] = {}
@@ -192,6 +217,15 @@ class Run:
     )
     self.compiling_s = 0.0  # first calls, this process's
     self._seen: set[str] = set()
+
+  @property
+  def saved(self):
+    """The state as checkpoints have it, with what waits for the next step."""
+    if self.ahead is None:
+      return self.state
+    return self.state.replace(
+      ahead={"completions": self.ahead.completions, "old": self.ahead.old}
+    )
 
   @property
   def policy(self):
@@ -357,27 +391,64 @@ class Run:
     everyone = sharding.gather_json([int(batch.cut.sum())])
     return {"data/cut_prompts": sum(everyone)}
 
+  def sample(self, batches, step: int, watch) -> Sampled:
+    """Begins the rollout of a step, by the parameters as they stand."""
+    program = self.program
+    with watch("time/data_s"):
+      prompts = batches[step]
+    with watch("time/rollout_s"):
+      start = time.perf_counter()
+      tokens, mask = sharding.put_global(
+        program.mesh, (prompts.tokens, prompts.mask)
+      )
+      params = program.for_sampling(self.policy)
+      out = self.call(
+        "rollout",
+        program.rollout_fn,
+        params,
+        tokens,
+        mask,
+        self.rollout_key(step),
+      )
+      del params  # a second copy, where sampling has its own layout
+    return Sampled(step, prompts, out, start)
+
+  def complete(self, sampled: Sampled, watch) -> None:
+    """Waits for a rollout; the policy's parameters are still its own."""
+    if sampled.seconds is not None:
+      return
+    settings, program = self.settings, self.program
+    with watch("time/rollout_s"):
+      out = jax.block_until_ready(sampled.completions)
+      sampled.seconds = time.perf_counter() - sampled.begun_s
+    entry = objectives.OBJECTIVES[settings.objective.name]
+    if settings.rollout.stale_steps and entry.ratio:
+      with watch("time/score_s"):
+        batch = self.call("presentation", program.present_fn, out)
+        sampled.old = [
+          self.score(self.policy, batch, update, sampled.step)
+          for update in range(settings.step.updates_per_rollout)
+        ]
+        jax.block_until_ready(sampled.old)
+
   def rollout_batch(self, batches, watch):
     """Samples, judges and assembles one batch; returns it with metrics."""
     program, settings = self.program, self.settings
     group = settings.rollout.group_size
-    with watch("time/data_s"):
-      prompts = batches[self.step]
+    sampled = self.ahead or self.sample(batches, self.step, watch)
+    prompts, out = sampled.prompts, sampled.completions
+    self.complete(sampled, watch)
     with watch("time/rollout_s"):
-      tokens, mask = sharding.put_global(
-        program.mesh, (prompts.tokens, prompts.mask)
-      )
-      key = train_step.stream_key(
-        settings.run.seed, self.step, train_step.ROLLOUT
-      )
-      params = program.for_sampling(self.policy)
-      out = self.call("rollout", program.rollout_fn, params, tokens, mask, key)
-      del params  # a second copy, where sampling has its own layout
       host_tokens = sharding.local_rows(out.tokens)
       ended = sharding.local_rows(out.completion_mask)
     self.stop_if_asked()
-    early = None
-    if not settings.skip_equal_groups:
+    early = following = None
+    if settings.rollout.stale_steps:
+      # The device has this to do while the host verifies. Scores wait for it,
+      # so that no two programs take room at a time.
+      if self.step + 1 < settings.run.steps:
+        following = self.sample(batches, self.step + 1, watch)
+    elif not settings.skip_equal_groups:
       # Nothing about these scores depends on the rewards: the device works on
       # them while the host verifies.
       batch = self.call("presentation", program.present_fn, out)
@@ -386,7 +457,7 @@ class Run:
       length = ended.shape[1]
       texts = program.to_text(host_tokens[:, -length:], ended)
       judged = program.judge(prompts.examples, texts)
-    finished, forwards = self.finishes(prompts, out, key, watch)
+    finished, forwards = self.finishes(prompts, out, watch)
     with watch("time/reward_s"):
       host = rollout.assemble(
         host_tokens,
@@ -406,10 +477,15 @@ class Run:
         finished=finished,
         keep_groups=settings.rollout.keep_groups // jax.process_count(),
       )
-    pending = early[1] if early is not None else []
-    if not all(x.is_ready() for one in pending for x in one.arrays):
+    pending = [x for one in early[1] for x in one.arrays] if early else []
+    if following is not None:
+      pending = [following.completions.tokens]
+    if not all(x.is_ready() for x in pending):
       watch.overlapped_s = watch.seconds["time/reward_s"]
     self.stop_if_asked()
+    if following is not None:
+      self.complete(following, watch)
+      self.following = following
     values = rollout_metrics(
       judged,
       ended,
@@ -420,7 +496,7 @@ class Run:
     values["rollout/denoiser_calls"] = int(out.denoiser_calls)
     values["compute/rollout"] = float(out.forwards) + forwards
     values["rollout/tokens_per_s"] = (
-      ended.size * jax.process_count() / watch.seconds["time/rollout_s"]
+      ended.size * jax.process_count() / sampled.seconds
     )
     if self.samples_due():
       self.keep_samples(prompts, judged, out)
@@ -432,7 +508,14 @@ class Run:
         lambda_=put(host.lambda_),
       )
       return (batch, early[1]), values
-    return sharding.put_global(program.mesh, host), values
+    batch = sharding.put_global(program.mesh, host)
+    if sampled.old:
+      old = [
+        self.call("order", program.reorder_fn, one, batch)
+        for one in sampled.old
+      ]
+      return (batch, self.scores(batch, old)), values
+    return batch, values
 
   def samples_due(self) -> bool:
     """Whether the step in progress leaves samples."""
@@ -514,7 +597,7 @@ class Run:
       if has_gap or key == "relative":
         self.writer.histogram(step, name, columns[key])
 
-  def finishes(self, prompts, out, key, watch):
+  def finishes(self, prompts, out, watch):
     """Rewards of completions of partial canvases, where an objective asks.
 
     One forward of the schedule is drawn for the whole step. Completing them
@@ -527,7 +610,8 @@ class Run:
     objective = settings.objective
     if not objectives.OBJECTIVES[objective.name].finishes:
       return None, 0.0
-    keys = jax.random.split(jax.random.fold_in(key, 1), objective.finishes + 1)
+    key = jax.random.fold_in(self.rollout_key(self.step), 1)
+    keys = jax.random.split(key, objective.finishes + 1)
     forward = jax.random.randint(keys[-1], (), 1, settings.sampler.steps)
     rewards, forwards = [], 0.0
     for own in keys[:-1]:
@@ -543,18 +627,25 @@ class Run:
       forwards += float(done.forwards)
     return np.stack(rewards), forwards
 
-  def mask_key(self, update: int = 0):
-    """Key of the masks of one of this step's updates, shared by all scores."""
-    key = train_step.stream_key(
-      self.settings.run.seed, self.step, train_step.MASKS
+  def rollout_key(self, step: int):
+    """Key of a step's rollout."""
+    return train_step.stream_key(
+      self.settings.run.seed, step, train_step.ROLLOUT
     )
+
+  def mask_key(self, update: int, step: int | None = None):
+    """Key of the masks of one of a step's updates, shared by all scores.
+
+    Of the present step where none is given.
+    """
+    step = self.step if step is None else step
+    key = train_step.stream_key(self.settings.run.seed, step, train_step.MASKS)
     return jax.random.fold_in(key, update) if update else key
 
-  def score(self, params, batch, update: int):
+  def score(self, params, batch, update: int, step: int | None = None):
     """Values of a batch under parameters, with the masks of an update."""
-    return self.call(
-      "scores", self.program.estimate_fn, params, batch, self.mask_key(update)
-    )
+    key = self.mask_key(update, step)
+    return self.call("scores", self.program.estimate_fn, params, batch, key)
 
   @property
   def reference(self):
@@ -575,17 +666,23 @@ class Run:
     """Whether the update scores the reference itself."""
     return self.program.pair_fn is not None and not self.two_passes(batch)
 
-  def scores(self, batch) -> list["Scores"]:
-    """Values of a batch before its first update, for each of its updates."""
+  def scores(self, batch, old=()) -> list["Scores"]:
+    """Values of a batch before its first update, for each of its updates.
+
+    Args:
+      batch: of the step.
+      old: those under the parameters that sampled it, where they are older.
+    """
     settings = self.settings
     entry = objectives.OBJECTIVES[settings.objective.name]
     uses = entry.uses_reference(settings.objective)
     updates = settings.step.updates_per_rollout
+    # The parameters that sampled are still the policy's.
+    own = entry.ratio and updates > 1 and not old
     out = []
     for update in range(updates):
       reference = policy = None
-      old = entry.ratio and updates > 1
-      needed = old or (self.two_passes(batch) and not update)
+      needed = own or (self.two_passes(batch) and not update)
       inside = self.scored_inside(batch)
       if self.program.pair_fn is not None and needed and not inside:
         policy, reference = self.pair(batch, update)
@@ -594,7 +691,8 @@ class Run:
           reference = self.score(self.reference, batch, update)
         if needed:
           policy = self.score(self.policy, batch, update)
-      out.append(Scores(reference, policy, policy if old else None))
+      sampler = old[update] if old else policy if own else None
+      out.append(Scores(reference, policy, sampler))
     return out
 
   def two_passes(self, batch) -> bool:
@@ -665,6 +763,7 @@ class Run:
     with watch("time/update_s"):
       updates = [self.update(batch, one, i) for i, one in enumerate(scores)]
     self.step += 1
+    self.ahead, self.following = self.following, None
     values = mean_of_updates(updates) | values
     before = self.computed
     self.count_compute(batch, values)
@@ -708,7 +807,10 @@ class Run:
       settings.likelihood.masks,
     )
     scored = updates * entry.uses_reference(settings.objective)
-    old, two = entry.ratio and updates > 1, self.two_passes(batch)
+    # Of older parameters: scored before the rewards were known, all of them.
+    older = entry.ratio * settings.rollout.stale_steps * updates
+    two = self.two_passes(batch)
+    old = entry.ratio and updates > 1 and not older
     if old or two:
       scored += updates
     if old and two:
@@ -721,7 +823,8 @@ class Run:
       or settings.skip_equal_groups
       or self.scored_inside(batch)
     )
-    values["compute/score"] = scored * masks * (1.0 if early else kept)
+    scored = scored * (1.0 if early else kept) + older
+    values["compute/score"] = scored * masks
     values["compute/update"] = 3.0 * updates * masks * kept
     values["compute/forward_equivalents"] = (
       rollout_forwards + values["compute/score"] + values["compute/update"]
@@ -1157,7 +1260,7 @@ def train(run: Run, batches) -> int:
     keep_best=settings.run.keep_best,
   )
   with checkpointer, contextlib.closing(batches):
-    pending = _restore(run, checkpointer)
+    pending = _restore(run, checkpointer, batches)
     _take_config(run)
     writer.debug(described(run))
 
@@ -1168,7 +1271,7 @@ def train(run: Run, batches) -> int:
       run.check_state()
       # First: a checkpoint must not know rows that the bucket does not have.
       run.mirror()
-      checkpointer.save(run.step, run.state, _extra(run, pending), score)
+      checkpointer.save(run.step, run.saved, _extra(run, pending), score)
       run.saved_step = run.step
       run.count_seconds("time/save_s", time.perf_counter() - start)
 
@@ -1275,6 +1378,8 @@ def _give_up(run: Run, checkpointer: Checkpointer) -> None:
     run.tally.not_finite -= count
     run.tally.in_a_row = run.tally.wasted = 0
     if run.saved_step != step:
+      # What was sampled since is of later steps.
+      run.ahead = None
       state = run.state.replace(step=run.state.step - behind)
       checkpointer.save(step, state, _extra(run, None))
     checkpointer.wait()
@@ -1295,13 +1400,21 @@ def _extra(run: Run, pending: dict | None) -> dict[str, Any]:
     "seconds": run.seconds,
     "computed": run.computed,
     "lambda": run.lambda_,
+    "ahead": None if run.ahead is None else {"seconds": run.ahead.seconds},
     "pending": incident.encode(pending),
     "tally": dataclasses.asdict(run.tally),
     "watch": dataclasses.asdict(run.watch),
   }
 
 
-def _restore(run: Run, checkpointer: Checkpointer):
+def _template(program: program_lib.Program, extra: dict[str, Any]):
+  """The tree of a checkpoint that has this beside it."""
+  # Absent in checkpoints of earlier versions.
+  ahead = program.ahead_template() if extra.get("ahead") else None
+  return program.state_template.replace(ahead=ahead)
+
+
+def _restore(run: Run, checkpointer: Checkpointer, batches):
   """Sets the run to its newest good checkpoint, or to the start.
 
   Returns:
@@ -1311,7 +1424,7 @@ def _restore(run: Run, checkpointer: Checkpointer):
     CheckpointMismatch: the run is past the last step that is asked for.
   """
   writer = run.writer
-  restored = checkpointer.restore(run.program.state_template)
+  restored = checkpointer.restore(functools.partial(_template, run.program))
   steps = run.settings.run.steps
   if restored is None:
     run.state = program_lib.fresh_state(run.program)
@@ -1323,8 +1436,12 @@ def _restore(run: Run, checkpointer: Checkpointer):
         "use at least that, or another --workdir."
       )
     extra = restored.extra
-    run.state, run.step = restored.state, restored.step
+    run.state, run.step = restored.state.replace(ahead=None), restored.step
     run.saved_step = restored.step
+    ahead = restored.state.ahead
+    if ahead is not None and run.settings.rollout.stale_steps:
+      seconds = extra["ahead"]["seconds"]
+      run.ahead = Sampled(run.step, batches[run.step], **ahead, seconds=seconds)
     run.first_eval, run.last_eval = extra["first_eval"], extra["last_eval"]
     run.seconds = extra["seconds"]
     # Absent in checkpoints of earlier versions.
@@ -1447,7 +1564,8 @@ def _load_evaluated(run: Run) -> str:
   if before is not None and before["model"].get("path") == path:
     with Checkpointer(folder) as checkpointer:
       try:
-        restored = checkpointer.restore(run.program.state_template)
+        template = functools.partial(_template, run.program)
+        restored = checkpointer.restore(template)
       except CheckpointError as error:
         raise ValueError(str(error)) from error
     if restored is not None:

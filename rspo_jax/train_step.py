@@ -58,12 +58,15 @@ class TrainState:
     opt_state: the optimizer's.
     reference: parameters of a reference that is refreshed from time to time;
       None: it is the model as it was loaded.
+    ahead: in checkpoints alone, the rollout that waits for the next step
+      (`Program.ahead_template`); else None.
   """
 
   step: jax.Array
   params: object
   opt_state: object
   reference: object = None
+  ahead: object = None
 
 
 @struct.dataclass
@@ -378,6 +381,23 @@ def make_estimate(
     return jax.tree.map(cut.join, scores)
 
   return estimate
+
+
+def make_reorder(settings: StepSettings) -> Callable:
+  """reorder(values [N, ...], batch): as `estimate` would give them for it.
+
+  The values are those of the rollout's completions in its order, before the
+  rewards were known and groups dropped.
+  """
+
+  def reorder(values, batch: RolloutBatch):
+    cut = _Cut(len(values), settings)
+    pieces = cut.split(values[batch.row])
+    used = jnp.arange(cut.count) < cut.active(batch.keep)
+    used = used.reshape(-1, *(1,) * (pieces.ndim - 1))
+    return cut.join(jnp.where(used, pieces, 0.0))
+
+  return reorder
 
 
 def _terms(batch, masks, policy, reference, old, sizes, per_token):

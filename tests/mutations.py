@@ -135,6 +135,14 @@ def _faults():
         "test_baselines.py",
         "definitions",
       ),
+      (
+        "older completions for any objective",
+        module,
+        "  if not (entry.ratio or entry.off_policy):",
+        "  if False:",
+        "test_baselines.py",
+        "cannot_use",
+      ),
     )
   )
   module, tests = "baselines.py", "test_baselines.py"
@@ -355,6 +363,14 @@ def _faults():
         "    if False and old is None:",
         tests,
         "old_terms",
+      ),
+      (
+        "early values by place instead of sequence",
+        module,
+        "cut.split(values[batch.row])",
+        "cut.split(values)",
+        tests,
+        "before_the_rewards",
       ),
       (
         "norms are decayed",

@@ -381,6 +381,40 @@ REFUSED = [
     },
     "fixed schedule",
   ),
+  ({"rollout.stale_steps": 2}, r"stale_steps=2 must lie in \[0, 1\]"),
+  (
+    {"rollout.stale_steps": 1, "objective.lambda_": 0.0},
+    r"stale_steps=1 .*lambda_=0 is a gradient .*lambda_ > 0\. Otherwise",
+  ),
+  (
+    {"rollout.stale_steps": 1, "objective.centring": "batch"},
+    "centring='batch' leaves .* use objective.centring='group'",
+  ),
+  (
+    {
+      "rollout.stale_steps": 1,
+      "objective.name": "spg",
+      "likelihood.scheme": "uniform",
+    },
+    "'spg' is a gradient .*'diffu_grpo', 'espo'.*use rollout.stale_steps=0",
+  ),
+  (
+    {
+      "rollout.stale_steps": 1,
+      "objective.name": "sapo",
+      "likelihood.scheme": "mean_field",
+    },
+    "'sapo' finishes their canvases .* choose 'diffu_grpo'",
+  ),
+  (
+    {
+      "rollout.stale_steps": 1,
+      "objective.name": "sft",
+      "rollout.group_size": 1,
+      "train.micro_batch": 16,
+    },
+    "'sft' has no rollouts. Otherwise use rollout.stale_steps=0",
+  ),
   ({"objective.clip": -0.1}, r"objective\.clip=-0\.1"),
   ({"objective.beta": 0.0}, r"objective\.beta=0\.0"),
   ({"objective.pairs": "some"}, r"objective\.pairs='some'"),
@@ -399,6 +433,18 @@ def test_what_an_objective_cannot_use_is_refused(changes, message):
     config[group][field] = value
   with pytest.raises(ValueError, match=message):
     settings.build(config, 1)
+
+
+@pytest.mark.parametrize(
+  "name", ["rspo", "rft", *(n for n in OTHERS if n not in ("spg", "sapo"))]
+)
+def test_older_completions_serve_what_corrects_or_does_not_mind_them(name):
+  from configs import countdown
+  from rspo_jax import settings
+
+  config = countdown.get_config("" if name == "rspo" else name)
+  config.rollout.stale_steps = 1
+  assert settings.build(config, 1).rollout.stale_steps == 1
 
 
 def test_lambda_follows_its_share_by_a_tenth_a_step_and_stays_in_range():

@@ -111,6 +111,19 @@ def test_every_bit_comes_back(saved):
   assert_same_bits(restored.state, make_state(7))
 
 
+def test_a_template_may_depend_on_what_was_saved_beside_the_state(saved):
+  asked = []
+
+  def template(extra):
+    asked.append(extra)
+    return make_state(0)
+
+  with Checkpointer(saved) as keeper:
+    restored = keeper.restore(template)
+  assert asked == [{"epoch": 7}]
+  assert_same_bits(restored.state, make_state(7))
+
+
 def test_shapes_alone_are_a_template(saved):
   shapes = jax.eval_shape(lambda: make_state(0))
   with Checkpointer(saved) as keeper:

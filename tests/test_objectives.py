@@ -691,15 +691,16 @@ def test_advantages_are_those_of_the_definition():
 
 
 def test_equal_rewards_have_advantage_zero_exactly():
-  for value in (0.1, 1 / 3, 0.7, 1e-8, 1e6):
-    for size in (2, 3, 7, 64):
-      rewards = np.full((1, size), value, np.float32)
+  values, sizes = (0.1, 1 / 3, 0.7, 1e-8, 1e6), (2, 3, 7, 64)
+  for kind in (np.float32, np.float64):
+    for value, size in itertools.product(values, sizes):
+      rewards = np.full((1, size), value, kind)
       assert (objectives.group_advantages(rewards) == 0).all()
       assert (objectives.group_advantages(rewards, False) == 0).all()
       assert objectives.equal_groups(rewards).all()
-  # The trap: in float32 the mean of seven 0.1's is another number.
-  sevens = np.full(7, 0.1, np.float32)
-  assert (sevens - sevens.mean() != 0).any()
+    # The trap: the mean of seven 0.1's is another number.
+    sevens = np.full(7, 0.1, kind)
+    assert (sevens - sevens.mean() != 0).any()
   # Nearly equal is not equal.
   rewards = np.full((1, 4), 0.5, np.float32)
   rewards[0, 0] = np.nextafter(np.float32(0.5), np.float32(1))

@@ -456,6 +456,28 @@ def test_a_small_run_is_planned_and_its_plan_is_kept(
     plan.main([*argv, "--config.model.remat=True"])
 
 
+def test_a_rollout_that_waits_for_its_step_is_held_and_scored(capsys):
+  def planned(*words):
+    argv = [f"--config={COUNTDOWN}:gdpo", "--topology=gpu:80", "--json", *words]
+    assert plan.main([*argv, "--sequences=32"]) == plan.FITS
+    return json.loads(capsys.readouterr().out)
+
+  argv = ["--prompt=24", "--completion=8"]
+  before, after = (
+    planned(*argv),
+    planned(*argv, "--config.rollout.stale_steps=1"),
+  )
+  held = after["resident_by_name_gb"].pop("rollout ahead")
+  # Tokens and their mask, order and end of completions, two counts, 3 values.
+  expected = 32 * (32 * 5 + 8 * 5 + 3 * 4) + 8
+  assert held * planner.GB == pytest.approx(expected)
+  assert after["resident_by_name_gb"] == before["resident_by_name_gb"]
+  assert "scores" not in before["programs"]
+  assert after["programs"]["scores"]["runs"] == 1
+  beside = [p["programs"]["update"]["resident_gb"] for p in (before, after)]
+  assert beside[1] - beside[0] == pytest.approx(held, rel=1e-3)
+
+
 def test_bytes_of_a_chip_are_those_of_its_shard():
   mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
   where = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp", None))

@@ -27,7 +27,7 @@ def test_settings_hold_what_the_config_says(config):
   config.objective.lambda_unit = "sequence"
   config.run.steps = 17
   built = settings.build(config, 1)
-  assert built.rollout == settings.RolloutSettings(6, 4, 1.5, 0)
+  assert built.rollout == settings.RolloutSettings(6, 4, 1.5, 0, 0)
   assert built.sampler.temperature == 1.5
   assert built.greedy.temperature == 0.0
   assert built.sampled.temperature == 0.5

@@ -336,6 +336,29 @@ def test_dropped_sequences_are_not_computed():
   assert estimate_of(GROUP)._cache_size() == 1
 
 
+@pytest.mark.parametrize("shards", [1, 2])
+def test_values_made_before_the_rewards_are_those_of_the_batch(shards):
+  # Groups 0 and 3 are dropped, and every shard has its kept ones first.
+  order = np.array([1, 2, 0, 3] if shards == 1 else [1, 0, 2, 3])
+  rows = (order[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
+  keep = np.repeat([0, 1, 1, 0], GROUP)
+  before = batch_of()
+  moved = jax.tree.map(lambda x: x[rows], batch_of(keep=keep))
+  moved = moved.replace(row=jnp.asarray(rows, jnp.int32))
+  step = train_step.StepSettings(GROUP * shards, shards=shards)
+  estimate = jax.jit(
+    train_step.make_estimate(tiny_logprob, MASK_ID, step, MASKS)
+  )
+  early = estimate(tiny_params(), before, KEY)
+  late = estimate(tiny_params(), moved, KEY)
+  reordered = train_step.make_reorder(step)(early, moved)
+  np.testing.assert_allclose(reordered, late, rtol=1e-6)
+  assert (np.asarray(late) == 0).all(1).sum() == 2 * GROUP
+  wide = jnp.stack([early, 2 * early], axis=1)
+  both = train_step.make_reorder(step)(wide, moved)
+  np.testing.assert_array_equal(both[:, 1], 2 * reordered)
+
+
 def test_masks_go_with_the_sequence_and_not_with_its_place():
   batch = batch_of()
   order = np.random.default_rng(0).permutation(PROMPTS)
