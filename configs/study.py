@@ -50,7 +50,8 @@ def forwards(config) -> float:
     masks = -(-min(steps, length) // config.likelihood.shrink)
   each = 3.0 + (name in SCORES_REFERENCE)
   each += name in SCORES_REFERENCE_FOR_KL and config.objective.kl_weight > 0
-  each += name in HAS_RATIO and updates > 1
+  old = updates > 1 or config.rollout.stale_steps > 0
+  each += name in HAS_RATIO and old
   # The whole batch fits no micro-batch: the policy is scored beforehand.
   each += name == "rspo" and config.objective.centring == "batch"
   finishes = config.objective.finishes if name == "sapo" else 0
