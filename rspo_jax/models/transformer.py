@@ -646,7 +646,7 @@ def make_logprob_fn(
     def of(stream):
       h = out[stream].reshape(n, canvases * length, config.width)
       h = jnp.take_along_axis(h, rows[:, :, None], axis=1)  # [n, R, D]
-      return _chunked_logprob(config, params, h, target, mesh, stream)
+      return target_logprobs(config, params, h, target, mesh, stream)
 
     logprobs = tuple(of(stream) for stream in streams)
     return logprobs if dual else logprobs[0]
@@ -654,8 +654,20 @@ def make_logprob_fn(
   return logprob_fn
 
 
-def _chunked_logprob(config, params, h, target, mesh, stream):
-  """log p(target) f32 [n, R] of h [n, R, D], `head_chunks` pieces of R."""
+def target_logprobs(config, params, h, target, mesh=None, stream=POLICY):
+  """Log-probabilities of tokens, with the logits of a piece of R at a time.
+
+  Args:
+    config: the model; `head_chunks` is the number of pieces.
+    params: its parameters.
+    h: final hidden rows [n, R, D].
+    target: i32 [n, R], the tokens.
+    mesh: of the parameters; None: no layout is asked for.
+    stream: whose adapter the head has.
+
+  Returns:
+    f32 [n, R].
+  """
 
   def logprob(inputs):
     h, target = inputs
