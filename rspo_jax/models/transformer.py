@@ -221,10 +221,12 @@ def _whole(matrix, axes, mesh):
   """
   whole = tuple(None if axis in ("embed", "rank") else axis for axis in axes)
   matrix = sharding.constrain(mesh, matrix, whole)
-  if mesh.devices.flat[0].platform != "tpu":
+  adapter = None in axes or "rank" in axes
+  if adapter or mesh.devices.flat[0].platform != "tpu":
     return matrix
   # Otherwise the compiler keeps transposed copies of all layers' query, key
-  # and value kernels for as long as the step lasts.
+  # and value kernels for as long as the step lasts. An adapter's A lies with
+  # the rank outside, and would be copied, and padded, the other way around.
   return with_layout_constraint(matrix, Layout(tuple(range(matrix.ndim))))
 
 
@@ -317,6 +319,8 @@ class Dense(nn.Module):
     if self.has_variable("params", f"{stream}_a"):
       a = self.get_variable("params", f"{stream}_a")
       b = self.get_variable("params", f"{stream}_b")
+      # One layer's at a time: scaled beforehand, all layers' would be copied.
+      b = b * self.get_variable("params", f"{stream}_scale")
       inner = self._product(x, a, adapter_axes(self.axes)[0])
       product = product + self._product(
         inner.astype(dtype), b, adapter_axes(self.axes)[1]
