@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from rspo_jax import chips, flops, hlo, plan, planner
+from rspo_jax import chips, flops, hlo, plan, planner, program
 
 ROOT = planner.pathlib.Path(__file__).resolve().parent.parent
 COUNTDOWN = f"{ROOT}/configs/countdown.py"
@@ -72,12 +72,35 @@ def test_recomputation_is_executed_and_a_branch_costs_its_dearest():
   # Two products forward, the two again to differentiate, four backward; the
   # gradient of x is not asked for, so one product of those is not there.
   one = 2 * 3 * 4 * 4
-  assert executed(jax.grad(loss), (4, 4), (3, 4)) == (2 + 2 + 3) * one
+  both = jax.value_and_grad(loss)
+  assert executed(both, (4, 4), (3, 4)) == (2 + 2 + 3) * one
+  # Where only the gradient is asked for, the first two are for nothing.
+  assert executed(jax.grad(loss), (4, 4), (3, 4)) == (2 + 3) * one
 
   def branch(x, w):
     return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
 
   assert executed(branch, (3, 4), (4, 4)) == 2 * one
+
+
+def test_what_no_result_depends_on_costs_nothing():
+  @jax.custom_vjp
+  def product(x, w):
+    return x @ w
+
+  product.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda kept, g: (g @ kept[1].T, kept[0].T @ g),
+  )
+
+  def summed(x, w):
+    turns = jnp.int32(x.sum())  # a loop that cannot be unrolled
+    gradient = jax.grad(lambda x: product(x, w).sum())
+    return jax.lax.fori_loop(0, turns, lambda _, x: gradient(x), x)
+
+  # Forward is not needed for the gradient of a sum, w's gradient by nobody.
+  one = 2 * 3 * 4 * 4
+  assert executed(summed, (3, 4), (4, 4), unknown_trips=5) == 5 * one
 
 
 def test_what_runs_on_each_device_counts_on_all():
@@ -454,6 +477,16 @@ def test_a_small_run_is_planned_and_its_plan_is_kept(
   # Other memory, other answer: the cache tells the two apart.
   with pytest.raises(AssertionError):
     plan.main([*argv, "--config.model.remat=True"])
+
+
+def test_a_run_on_a_tpu_gives_the_compiler_the_plans_option_and_no_other_does():
+  def mesh(platform):
+    devices = np.array([[[types.SimpleNamespace(platform=platform)]]])
+    return types.SimpleNamespace(devices=devices)
+
+  assert "windowed_einsum" in "".join(program.compiler_options(mesh("tpu")))
+  assert program.compiler_options(mesh("cpu")) == {}
+  assert program.compiler_options(mesh("gpu")) == {}
 
 
 def test_bytes_of_a_chip_are_those_of_its_shard():

@@ -273,10 +273,8 @@ def _sharded_gradient(x, cotangent, shape, axes, mesh):
 
   def local(x, cotangent):
     partial = _contract(x, cotangent, 0, 0)
-    partial = jax.lax.psum_scatter(
-      partial, "fsdp", scatter_dimension=split[0], tiled=True
-    )
-    return jax.lax.psum(partial, "data")
+    shard = sharding.sum_scatter(partial, "fsdp", split[0])
+    return jax.lax.psum(shard, "data")
 
   return jax.shard_map(
     local,
