@@ -11,7 +11,8 @@
    the rows that are needed) by time, and by the matmul's FLOP/s.
 
 Everything runs interleaved, `--repeats` times; medians are reported, as one
-JSON line. `--profile=FOLDER` then traces one more update and prints its most
+JSON line. Shares are also taken pair by pair and by CPU time, which other
+programs on the machine disturb less. `--profile=FOLDER` then traces one more update and prints its most
 expensive operations. A guard against regressions on a quiet machine, not a
 boast.
 """
@@ -124,9 +125,10 @@ def main() -> None:
   state = program_lib.fresh_state(program)
 
   def measure(fn):
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     result = jax.block_until_ready(fn())
-    return time.perf_counter() - start, result
+    taken = time.perf_counter() - start, time.process_time() - busy
+    return taken, result
 
   def update(state):
     return program.update_fn(state, batch, key, scores, scores)
@@ -137,9 +139,11 @@ def main() -> None:
     seconds["matmul"].append(measure(lambda: multiply(matrix))[0])
     if "rollout" in names:
       seconds["rollout"].append(measure(roll)[0])
-    elapsed, (state, _) = measure(lambda state=state: update(state))
-    seconds["update"].append(elapsed)
-  medians = {k: float(np.median(v[1:])) for k, v in seconds.items()}
+    taken, (state, _) = measure(lambda state=state: update(state))
+    seconds["update"].append(taken)
+  # [name][repeat] -> (wall, CPU); the first one compiles.
+  seconds = {name: np.array(taken)[1:] for name, taken in seconds.items()}
+  medians = {k: float(np.median(v[:, 0])) for k, v in seconds.items()}
   masks = settings.likelihood.masks
   draws = masks // settings.likelihood.draw_size
   flops = {
@@ -152,10 +156,10 @@ def main() -> None:
   line = {f"{k}_gflops_per_s": round(v, 1) for k, v in rates.items()}
   line |= {f"{k}_s": round(v, 4) for k, v in medians.items()}
   for name in names:
-    ratio = np.array(seconds["matmul"]) / np.array(seconds[name])
-    ratio *= flops[name] / flops["matmul"]
+    ratio = seconds["matmul"] / seconds[name] * flops[name] / flops["matmul"]
+    shares = [round(float(x), 3) for x in np.median(ratio, axis=0)]
     line[f"{name}_share_of_matmul"] = round(rates[name] / rates["matmul"], 3)
-    line[f"{name}_shares"] = [round(float(x), 3) for x in ratio[1:]]
+    line[f"{name}_share_in_pairs"], line[f"{name}_share_by_cpu"] = shares
   print(json.dumps(line))
   if options.profile:
     trace(options.profile, lambda: update(state))

@@ -136,18 +136,23 @@ def memory(options) -> bool:
 
 
 def gathered_by_hand(row: Row) -> float:
-  """GB a chip that sharded weights have to be sent, from the shapes alone.
+  """GB that a chip is sent of weights and of the head's rows, from the shapes.
 
   Every micro-batch gathers each layer's kernels twice, forward and backward,
   in bfloat16, and each chip receives all shards but its own; a policy and a
-  reference that go through the layers together share a gather.
+  reference that go through the layers together share a gather. The head's
+  vocabulary stays where it lies: the hidden rows of all chips come to it, those
+  of policy and reference, and the policy's once more to be differentiated.
   """
   from rspo_jax.models.published import PUBLISHED
 
   model = PUBLISHED["llada_8b"]
   layer = 4 * model.width**2 + 3 * model.width * model.mlp_width
   n = chips.parse(row.topology).devices
-  return row.micro_batches * 2 * 2.0 * model.layers * layer * (n - 1) / n / 1e9
+  weights = row.micro_batches * 2 * 2.0 * model.layers * layer
+  # A pair of complementary masks hides each token of a completion once.
+  rows = row.sequences * row.masks // 2 * row.tokens // 2
+  return (weights + 3 * 2.0 * rows * model.width) * (n - 1) / n / 1e9
 
 
 def scaling(options) -> bool:
