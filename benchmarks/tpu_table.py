@@ -1,14 +1,16 @@
 """What LLaDA-8B needs on TPUs, by the TPU compiler, each with its bar.
 
     python benchmarks/tpu_table.py                # memory of the update
+    python benchmarks/tpu_table.py --part=head    # the head by itself
     python benchmarks/tpu_table.py --part=scaling # 4 to 256 chips
     python benchmarks/tpu_table.py --part=masks   # K = 2 to 64, two passes
     python benchmarks/tpu_table.py --part=time    # modelled MFU on v5e:4x4
     python benchmarks/tpu_table.py --part=all
 
 No TPU is needed and nothing runs on one (pip install libtpu). Prints Markdown;
-a row takes 20 to 60 CPU seconds, one of `time` 2 to 5 minutes. Exit status 1
-where a bar is not reached.
+a row takes 20 to 60 CPU seconds, one of `time` 2 to 5 minutes; `--only=TEXT`
+keeps the memory rows whose label or slice has it. Exit status 1 where a bar is not
+reached.
 """
 
 import argparse
@@ -74,18 +76,20 @@ SCALING = tuple(
   Row("LoRA r64", LORA, name, 4, sequences=16 * chips.parse(name).devices)
   for name in ("v5e:2x2", "v5e:4x4", "v5e:8x8", "v5e:16x16")
 )
+# A sequence a chip with a pair of masks at a time.
 MASKS = tuple(
   Row(
     "LoRA r64, two passes",
     LORA,
     "v5e:2x2",
-    16 * masks // 4,
-    sequences=64,
+    16,
     masks=masks,
-    overrides={"train.passes": "two"},
+    overrides={"train.passes": "two", "train.micro_masks": "2"},
   )
-  for masks in (2, 64)
+  for masks in (2, 8, 64)
 )
+# Sequences of the head's rows: 256 rows each, as a complementary pair has them.
+HEAD_TOPOLOGY, HEAD_SEQUENCES, HEAD_ROWS, HEAD_BAR = "v5e:4x4", 64, 256, 0.2
 TIME = (Row("full, bf16 moments", FULL, "v5e:4x4", 1),)
 
 
@@ -110,13 +114,15 @@ def planned(row: Row, config: str, quick=True, names=("update",)):
   return plan.make_plan(options_of(row, config, quick), topology, names)
 
 
-def memory(config: str) -> bool:
+def memory(options) -> bool:
   """Memory of the update against its bars."""
   print("| update | slice | micro-batches | passes | HBM, GB | bar | reached |")
   print("|---|---|---|---|---|---|---|")
   good = True
   for row in MEMORY:
-    made = planned(row, config)
+    if options.only not in f"{row.label} {row.topology}":
+      continue
+    made = planned(row, options.config)
     used = made["programs"]["update"]["hbm_gb"]
     reached = used <= row.bar and made["programs"]["update"]["fits"]
     good &= reached
@@ -130,21 +136,26 @@ def memory(config: str) -> bool:
 
 
 def gathered_by_hand(row: Row) -> float:
-  """GB a chip that sharded weights have to be sent, from the shapes alone.
+  """GB that a chip is sent of weights and of the head's rows, from the shapes.
 
   Every micro-batch gathers each layer's kernels twice, forward and backward,
   in bfloat16, and each chip receives all shards but its own; a policy and a
-  reference that go through the layers together share a gather.
+  reference that go through the layers together share a gather. The head's
+  vocabulary stays where it lies: the hidden rows of all chips come to it, those
+  of policy and reference, and the policy's once more to be differentiated.
   """
   from rspo_jax.models.published import PUBLISHED
 
   model = PUBLISHED["llada_8b"]
   layer = 4 * model.width**2 + 3 * model.width * model.mlp_width
   n = chips.parse(row.topology).devices
-  return row.micro_batches * 2 * 2.0 * model.layers * layer * (n - 1) / n / 1e9
+  weights = row.micro_batches * 2 * 2.0 * model.layers * layer
+  # A pair of complementary masks hides each token of a completion once.
+  rows = row.sequences * row.masks // 2 * row.tokens // 2
+  return (weights + 3 * 2.0 * rows * model.width) * (n - 1) / n / 1e9
 
 
-def scaling(config: str) -> bool:
+def scaling(options) -> bool:
   """FLOPs and wire of a chip from 4 to 256 chips."""
   print(
     "| chips | sequences | FLOPs a chip | HBM, GB | gathers, GB | by hand | "
@@ -153,7 +164,7 @@ def scaling(config: str) -> bool:
   print("|---|---|---|---|---|---|---|")
   counts, good = [], True
   for row in SCALING:
-    made = planned(row, config)
+    made = planned(row, options.config)
     update = made["programs"]["update"]
     counts.append(update["flops"])
     gathers = update["collectives"]["all-gather"]["gb"]
@@ -170,13 +181,13 @@ def scaling(config: str) -> bool:
   return good and spread <= 0.02
 
 
-def masks(config: str) -> bool:
+def masks(options) -> bool:
   """Memory of the two-pass update as K grows at a fixed micro-batch."""
   print("| K | micro-batches | HBM, GB |")
   print("|---|---|---|")
   used = []
   for row in MASKS:
-    made = planned(row, config)
+    made = planned(row, options.config)
     used.append(made["programs"]["update"]["hbm_gb"])
     print(f"| {row.masks} | {row.micro_batches} | {used[-1]:.3f} |", flush=True)
   growth = used[-1] / used[0] - 1
@@ -184,13 +195,87 @@ def masks(config: str) -> bool:
   return growth <= 0.02
 
 
-def time_of(config: str) -> bool:
+def head(options) -> bool:
+  """Temporaries of the head alone, forward and backward, and its seconds.
+
+  Ours, in pieces on a vocabulary that stays split, beside the plain form: the
+  weight split along the width and gathered, log_softmax, take.
+  """
+  del options
+  import jax
+  import jax.numpy as jnp
+  from jax.sharding import NamedSharding, PartitionSpec
+
+  from rspo_jax import hlo, planner, program, sharding
+  from rspo_jax.models import transformer
+  from rspo_jax.models.published import PUBLISHED
+
+  topology = chips.parse(HEAD_TOPOLOGY)
+  mesh = sharding.make_mesh(devices=planner.topology_devices(topology))
+  model = dataclasses.replace(
+    PUBLISHED["llada_8b"], compute_dtype="bfloat16", head_chunks=8
+  )
+
+  def abstract(shape, dtype, *axes):
+    where = NamedSharding(mesh, PartitionSpec(*axes))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+  rows = (HEAD_SEQUENCES, HEAD_ROWS)
+  h = abstract((*rows, model.width), jnp.bfloat16, sharding.BATCH_AXES)
+  target = abstract(rows, jnp.int32, sharding.BATCH_AXES)
+
+  def ours(chunks):
+    cut = dataclasses.replace(model, head_chunks=chunks)
+
+    def loss(kernel, h, target):
+      params = {"head": {"kernel": kernel}}
+      return transformer.target_logprobs(cut, params, h, target, mesh).sum()
+
+    return loss
+
+  def plain(kernel, h, target):
+    logits = jnp.matmul(h, kernel, preferred_element_type=jnp.float32)
+    logprobs = jax.nn.log_softmax(logits)
+    return jnp.take_along_axis(logprobs, target[..., None], axis=-1).sum()
+
+  whole = (None, ("fsdp", "tensor"))
+  forms = (
+    ("plain, weight gathered", plain, ("fsdp", "tensor"), None),
+    ("split vocabulary, 1 piece", ours(1), whole, None),
+    ("split vocabulary, 8 pieces", ours(8), whole, HEAD_BAR),
+  )
+  print("| head | temporaries, GB | bar | seconds | wire, GB |")
+  print("|---|---|---|---|---|")
+  good = True
+  for label, loss, axes, bar in forms:
+    kernel = abstract((model.width, model.vocab_size), jnp.bfloat16, *axes)
+    gradient = jax.jit(
+      jax.value_and_grad(loss, (0, 1)),
+      out_shardings=(None, (kernel.sharding, h.sharding)),
+      compiler_options=program.compiler_options(mesh),
+    )
+    with planner.on(mesh):
+      traced = gradient.trace(kernel, h, target)
+      compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    used = compiled.memory_analysis().temp_size_in_bytes / planner.GB
+    measured = hlo.measure(compiled.as_text(), mesh.size, model.head_chunks)
+    seconds = measured.cycles / topology.chip.clock_hz
+    good &= bar is None or used <= bar
+    print(
+      f"| {label} | {used:.3f} | {bar or ''} | {seconds:.4f} | "
+      f"{measured.wire_bytes / planner.GB:.2f} |",
+      flush=True,
+    )
+  return good
+
+
+def time_of(options) -> bool:
   """Modelled seconds and MFU, with the compiler's full optimisation."""
   print("| update | slice | executed / useful | reading | seconds | MFU |")
   print("|---|---|---|---|---|---|")
   good = True
   for row in TIME:
-    made = planned(row, config, False, ("update", "scores"))
+    made = planned(row, options.config, False, ("update", "scores"))
     good &= made["executed_over_useful"] <= 1.2
     rows = [made["programs"][n] for n in ("update", "scores")]
     if any(program.get("readings") is None for program in rows):
@@ -216,6 +301,7 @@ def time_of(config: str) -> bool:
 
 PARTS = {
   "memory": memory,
+  "head": head,
   "scaling": scaling,
   "masks": masks,
   "time": time_of,
@@ -227,12 +313,13 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("--part", default="memory", choices=[*PARTS, "all"])
   parser.add_argument("--config", default=str(ROOT / "configs/countdown.py"))
+  parser.add_argument("--only", default="", help="memory rows with it")
   options = parser.parse_args()
   parts = PARTS if options.part == "all" else [options.part]
   good = True
   for part in parts:
     print(f"\n## {part}\n", flush=True)
-    good &= PARTS[part](options.config)
+    good &= PARTS[part](options)
   return 0 if good else 1
 
 

@@ -160,6 +160,8 @@ def get_config() -> ml_collections.ConfigDict:
 
   config.train = train = ml_collections.ConfigDict()
   train.micro_batch = 32  # sequences of one forward-backward, over all devices
+  train.micro_masks = 0  # masks of each of them in it, whole draws (pairs with
+  #                       complementary), then in two passes; 0: all
   train.passes = "auto"  # auto | one | two
   train.updates_per_rollout = 1  # mu: updates on one rollout, masks redrawn
 

@@ -13,6 +13,7 @@ import math
 
 import jax
 import numpy as np
+from jax.interpreters import partial_eval
 
 
 def executed(jaxpr, unknown_trips: int = 1) -> float:
@@ -23,10 +24,13 @@ def executed(jaxpr, unknown_trips: int = 1) -> float:
     unknown_trips: how often a loop runs whose bound is computed on the device.
 
   Returns:
-    FLOPs of one call; of a branch, the dearest.
+    FLOPs of one call; of a branch, the dearest. What no result depends on is
+    not counted, since no compiler leaves it in.
   """
   if hasattr(jaxpr, "jaxpr"):
     jaxpr = jaxpr.jaxpr
+  # A rule for derivatives computes those of frozen weights, too.
+  jaxpr, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
   return sum(_of_equation(eqn, unknown_trips) for eqn in jaxpr.eqns)
 
 

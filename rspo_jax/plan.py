@@ -331,6 +331,7 @@ def _frame(settings, described, rows, notes) -> dict[str, Any]:
     "prompt": settings.prompt_length,
     "completion": settings.sampler.completion_length,
     "micro_batches": total // settings.step.micro_batch,
+    "micro_masks": settings.step.micro_masks or settings.likelihood.masks,
     "passes": train_step.resolve_passes(
       settings.step, settings.objective, total
     ),
@@ -419,9 +420,13 @@ def advice(plan, settings, topology) -> list[str]:
         f"activations of {plan['micro_batches']}/{more[0]} the size"
       )
     elif settings.likelihood.masks > settings.likelihood.draw_size:
-      lines.append(
-        f"--masks={settings.likelihood.draw_size}: fewer masks a sequence"
-      )
+      size = settings.likelihood.draw_size
+      if settings.step.micro_masks != size:
+        lines.append(
+          f"--config.train.micro_masks={size}: a sequence's masks one draw "
+          "after another, in two passes"
+        )
+      lines.append(f"--masks={size}: fewer masks a sequence")
   rollout = plan["programs"].get("rollout")
   if rollout and not rollout["fits"] and update and update["fits"]:
     lines.append(
@@ -538,8 +543,13 @@ def render(plan: dict[str, Any]) -> str:
     f"{plan['topology']}: {verdict} ({how}; nothing was run on hardware)",
     f"{plan['chips']} chips as {mesh}; {plan['sequences']} sequences x "
     f"{plan['masks']} masks x {plan['prompt']}+{plan['completion']} tokens, "
-    f"{plan['micro_batches']} micro-batches, {plan['passes']} pass"
-    f"{'es' if plan['passes'] == 'two' else ''}",
+    f"{plan['micro_batches']} micro-batches"
+    + (
+      f" with {plan['micro_masks']} masks at a time"
+      if plan["micro_masks"] < plan["masks"]
+      else ""
+    )
+    + f", {plan['passes']} pass{'es' if plan['passes'] == 'two' else ''}",
     "",
   ]
   header = ("per chip", *plan["programs"])

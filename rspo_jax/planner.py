@@ -309,6 +309,7 @@ def describe(program: program_lib.Program) -> Described:
     "rollout": int(not settings.supervised),
   }
   masks = settings.likelihood.masks
+  together = settings.step.micro_masks or masks
   head_rows = _head_rows(settings, sequences)
   forward = flops.forward_flops(config, sequences * masks, length, head_rows)
   adapter = 0.0
@@ -329,7 +330,7 @@ def describe(program: program_lib.Program) -> Described:
     kept["layer inputs"] = (
       micro
       // settings.step.shards
-      * masks
+      * together
       * length
       * config.width
       * jnp.dtype(config.compute_dtype).itemsize
@@ -346,8 +347,8 @@ def describe(program: program_lib.Program) -> Described:
     },
     resident=Resident(resident),
     trips={
-      "update": sequences // micro,
-      "scores": sequences // micro,
+      "update": sequences * masks // (micro * together),
+      "scores": sequences * masks // (micro * together),
       "rollout": sampler.block_steps,
     },
     useful={
@@ -700,9 +701,12 @@ def estimate(described: Described, capacity_bytes: float) -> dict[str, Any]:
     # Attention weights exist in float32 and in the compute dtype.
     return canvases * length * (row * width + weights * (4 + width))
 
-  canvases = micro * settings.likelihood.masks
+  masks = settings.likelihood.masks
+  together = settings.step.micro_masks or masks
+  canvases = micro * together
   logits = 4.0 * config.vocab_size
-  head = _head_rows(settings, micro) / config.head_chunks * logits
+  head = _head_rows(settings, micro) * together / masks
+  head *= logits / config.head_chunks
   block = total * settings.sampler.block_length * logits
   working = {
     "update": {

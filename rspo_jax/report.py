@@ -304,9 +304,13 @@ def with_compute(run: Run) -> list[dict[str, Any]]:
   )
   masks = config.get("likelihood.masks", 0)
   lambda_ = config.get("objective.lambda_", 0.0)
-  two = config.get("train.passes") == "two" or (
-    config.get("objective.centring") == "batch"
-    and config.get("train.micro_batch") != sequences
+  two = (
+    config.get("train.passes") == "two"
+    or config.get("train.micro_masks", 0) not in (0, masks)
+    or (
+      config.get("objective.centring") == "batch"
+      and config.get("train.micro_batch") != sequences
+    )
   )
   seconds = forwards = 0.0
   out = []

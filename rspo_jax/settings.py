@@ -160,6 +160,7 @@ _NOT_NEGATIVE = (
   "likelihood.block_length",
   "rollout.keep_groups",
   "likelihood.masks",
+  "train.micro_masks",
   "sampler.steps",
   "optimizer.learning_rate",
   "optimizer.warmup_steps",
@@ -566,6 +567,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     passes=config.train.passes,
     shards=shards,
     updates_per_rollout=config.train.updates_per_rollout,
+    micro_masks=_micro_masks(config.train.micro_masks, mask_settings),
   )
   train_step.resolve_passes(step, objective, total)
 
@@ -871,6 +873,25 @@ def _reward_settings(reward):
   except ValueError as error:
     raise ValueError(f"reward.memory_mb={reward.memory_mb}: {error}") from error
   return own.RewardSettings(reward.extra, reward.workers, limits)
+
+
+def _micro_masks(wish: int, masks: Any) -> int:
+  """`train.micro_masks`, 0 where it is all of them; `masks`: their settings.
+
+  Raises:
+    ValueError: not whole draws, or no divisor of a sequence's masks.
+  """
+  draws, size = masks.masks // masks.draw_size, masks.draw_size
+  if not wish or wish == masks.masks:
+    return 0
+  if wish % size or masks.masks % wish:
+    near = size * _nearest_divisor(draws, max(wish // size, 1))
+    raise ValueError(
+      f"train.micro_masks={wish} must divide the {masks.masks} masks of a "
+      f"sequence and be a multiple of the {size} of a draw with "
+      f"likelihood.scheme={masks.scheme!r}; use {near}."
+    )
+  return wish
 
 
 def _nearest_divisor(number: int, wish: int) -> int:

@@ -188,6 +188,37 @@ def constrain(mesh: Mesh | None, x, axes):
   return jax.lax.with_sharding_constraint(x, where)
 
 
+def sum_scatter(x, axis: str, dimension: int):
+  """Sum over a mesh axis of which each device keeps its part, in shard_map.
+
+  From 16 devices on in two stages, which send as much as one. Of one stage over
+  4 x 4 or 8 x 8 chips the TPU compiler makes an all-reduce, which sends twice
+  that, and blocks. It takes a stage as it is where what is scattered is the
+  outer part of the dimension, so that distant devices come first.
+
+  Args:
+    x: each device's summand.
+    axis: of the mesh.
+    dimension: of x; the axis's size divides it.
+  """
+  n = jax.lax.axis_size(axis)
+  if n < 16:
+    return jax.lax.psum_scatter(
+      x, axis, scatter_dimension=dimension, tiled=True
+    )
+  outer = max(d for d in range(1, math.isqrt(n) + 1) if n % d == 0)
+  inner = n // outer
+  device = np.arange(n).reshape(outer, inner)
+  for groups, ways in ((device.T, outer), (device, inner)):
+    x = jax.lax.psum_scatter(
+      x.reshape(*x.shape[:dimension], ways, -1, *x.shape[dimension + 1 :]),
+      axis,
+      scatter_dimension=dimension,
+      axis_index_groups=groups.tolist(),
+    )
+  return x
+
+
 def put_global(mesh: Mesh, tree):
   """Host rows [b, ...] of every process -> global arrays [B, ...]."""
   sharding = batch_sharding(mesh)

@@ -8,7 +8,8 @@
    micro-batch; exact where the centring set lies within a micro-batch.
    Two passes: the objective's gradient with respect to the scores of the whole
    batch gives one weight a mask, and the second pass accumulates
-   weight * grad(score); exact for any micro-batch, memory flat in N and K.
+   weight * grad(score); exact for any micro-batch, and for a part of a
+   sequence's masks at a time (`micro_masks`): memory flat in N and K.
    Both give the same gradient (rspo.md, "What is linear is cheap").
 4. AdamW with global-norm clipping and a schedule, from optax, in float32;
    what is stored in bfloat16 is rounded stochastically (rounding.py).
@@ -145,12 +146,15 @@ class StepSettings:
     shards: devices over which sequences are split.
     updates_per_rollout: updates on the completions of one rollout, each with
       its own masks.
+    micro_masks: masks of each of those sequences in one forward-backward, whole
+      draws; then of two passes. 0: all of them.
   """
 
   micro_batch: int
   passes: str = "auto"
   shards: int = 1
   updates_per_rollout: int = 1
+  micro_masks: int = 0
 
   def __post_init__(self):
     if self.passes not in PASSES:
@@ -241,9 +245,15 @@ def refresh_reference(state: TrainState) -> TrainState:
 
 
 class _Cut:
-  """A batch [N, ...] as micro-batches [M, n, ...], each over all shards."""
+  """A batch [N, ...] as micro-batches [M, n, ...], each over all shards.
 
-  def __init__(self, total: int, settings: StepSettings):
+  With `micro_masks` a sequence comes in several parts, one behind the other,
+  each with masks of its own: M grows with their number.
+  """
+
+  def __init__(
+    self, total: int, settings: StepSettings, draws: int = 1, canvases: int = 1
+  ):
     self.shards = settings.shards
     self.size = settings.micro_batch
     if total % self.size or self.size % self.shards:
@@ -252,23 +262,43 @@ class _Cut:
         f"sequences and be a multiple of the {self.shards} devices that "
         "share it."
       )
-    self.count = total // self.size
+    together = settings.micro_masks or draws * canvases
+    self.parts = draws * canvases // together
+    if together % canvases or self.parts * together != draws * canvases:
+      raise ValueError(
+        f"train.micro_masks={together} must divide the {draws * canvases} "
+        f"masks of a sequence and be a multiple of the {canvases} of a draw."
+      )
+    self.count = total * self.parts // self.size
 
   def split(self, tree):
-    """[N, ...] -> [M, n, ...] for every leaf."""
+    """[N, ...] -> [M, n, ...] for every leaf, the same to all parts."""
+    if self.parts > 1:
+      tree = jax.tree.map(lambda x: jnp.repeat(x, self.parts, axis=0), tree)
+    return jax.tree.map(self._piled, tree)
+
+  def split_masks(self, tree):
+    """[N, U, ...] -> [M, n, U / parts, ...]: masks, or values of theirs."""
 
     def one(x):
-      rows = self.size // self.shards
-      x = x.reshape(self.shards, self.count, rows, *x.shape[1:])
-      return jnp.swapaxes(x, 0, 1).reshape(self.count, self.size, *x.shape[3:])
+      inner = x.shape[1] // self.parts
+      return self._piled(x.reshape(-1, inner, *x.shape[2:]))
 
     return jax.tree.map(one, tree)
 
+  def _piled(self, x):
+    """[N * parts, ...] -> [M, n, ...]."""
+    rows = self.size // self.shards
+    x = x.reshape(self.shards, self.count, rows, *x.shape[1:])
+    return jnp.swapaxes(x, 0, 1).reshape(self.count, self.size, *x.shape[3:])
+
   def join(self, x):
-    """[M, n, ...] -> [N, ...], the inverse of `split`."""
+    """[M, n, K / parts, ...] -> [N, K, ...], inverse of `split_masks`."""
     rows = self.size // self.shards
     x = x.reshape(self.count, self.shards, rows, *x.shape[2:])
-    return jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[3:])
+    x = jnp.swapaxes(x, 0, 1)
+    inner = self.parts * x.shape[3]
+    return x.reshape(-1, inner, *x.shape[4:])
 
   def active(self, keep):
     """Number of leading micro-batches with a kept sequence, i32 []."""
@@ -299,6 +329,8 @@ def resolve_passes(
 ) -> str:
   """ "one" where the centring set lies within a micro-batch, else "two".
 
+  A sequence whose masks come one part after another is no whole set either.
+
   Raises:
     ValueError: one pass was asked for and would not be exact.
   """
@@ -309,6 +341,14 @@ def resolve_passes(
     "group": per_shard % objective.group_size == 0,
     "batch": settings.micro_batch == total,
   }[objective.centring if span == "centring" else span]
+  if settings.micro_masks:
+    if settings.passes == "one":
+      raise ValueError(
+        "train.passes='one' differentiates all masks of a sequence together, "
+        f"but train.micro_masks={settings.micro_masks}; use "
+        "train.passes='two', or train.micro_masks=0."
+      )
+    return "two"
   if settings.passes == "one" and not fits:
     what = f"objective.centring={objective.centring!r}"
     if span != "centring":
@@ -342,6 +382,7 @@ def _no_values(cut, masks: likelihood.Masks, per_token: bool):
   """Zeros to write values into, micro-batch by micro-batch."""
   draws, canvases = masks.corrupt.shape[1:3]
   shape = masks.rows.shape[1:] if per_token else (draws * canvases,)
+  shape = (shape[0] // cut.parts, *shape[1:])
   return jnp.zeros((cut.count, cut.size, *shape), jnp.float32)
 
 
@@ -360,9 +401,9 @@ def make_estimate(
   values = _values_fn(logprob_fn, mask_id, per_token)
 
   def estimate(params, batch: RolloutBatch, key):
-    cut = _Cut(batch.completion_mask.shape[0], settings)
     masks = draw_masks(key, mask_settings, batch)
-    pieces = cut.split((batch, masks))
+    cut = _Cut(len(batch.keep), settings, *masks.corrupt.shape[1:3])
+    pieces = (cut.split(batch), cut.split_masks(masks))
 
     def one(index):
       piece, mask = jax.tree.map(lambda x: x[index], pieces)
@@ -390,8 +431,10 @@ def make_reorder(settings: StepSettings) -> Callable:
   rewards were known and groups dropped.
   """
 
+  whole = dataclasses.replace(settings, micro_masks=0)
+
   def reorder(values, batch: RolloutBatch):
-    cut = _Cut(len(values), settings)
+    cut = _Cut(len(values), whole)
     pieces = cut.split(values[batch.row])
     used = jnp.arange(cut.count) < cut.active(batch.keep)
     used = used.reshape(-1, *(1,) * (pieces.ndim - 1))
@@ -485,7 +528,6 @@ def make_update(
     frozen=None,
   ):
     total = batch.completion_mask.shape[0]
-    cut = _Cut(total, settings)
     passes = resolve_passes(settings, objective, total)
     if passes == "two" and policy is None:
       raise ValueError(
@@ -499,6 +541,7 @@ def make_update(
         f"{settings.updates_per_rollout} needs; give those of `estimate`."
       )
     masks = draw_masks(key, mask_settings, batch)
+    cut = _Cut(total, settings, *masks.corrupt.shape[1:3])
     kept = jnp.maximum(batch.keep.sum(), 1.0)
     sizes = _sizes(batch, masks)
 
@@ -539,7 +582,7 @@ def make_update(
         policy = policy_of(joined(params), piece, mask)
         return (weight * policy).sum(), (policy,)
 
-    pieces = cut.split((batch, masks, extra))
+    pieces = (cut.split(batch), *cut.split_masks((masks, extra)))
 
     def micro_gradient(index):
       piece = jax.tree.map(lambda x: x[index], pieces)

@@ -9,7 +9,13 @@ import pytest
 import safetensors.numpy
 from test_hf_weights import DREAM, LLADA, tensors_of, write_folder
 
-from rspo_jax.models import families, hf_adapters, hf_weights, lora
+from rspo_jax.models import (
+  families,
+  hf_adapters,
+  hf_weights,
+  lora,
+  transformer,
+)
 from rspo_jax.models.lora import LoraSettings
 
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -111,17 +117,21 @@ def test_attached_and_merged_adapters_compute_the_same_product():
   assert "lora_a" not in params["layers"]["up"]
   assert set(merged) == {"kernel", "bias"}
   x = rng.standard_normal((2, 4, 6))
-  beside = x @ kernel + x @ attached["lora_a"] @ attached["lora_b"]
+  assert attached["lora_a"] is a and attached["lora_b"] is b
+  scale = np.asarray(attached["lora_scale"])[:, None, None]
+  beside = x @ kernel + x @ a @ (b * scale)
   assert np.abs(beside - x @ merged["kernel"]).max() < 1e-5
 
 
 def test_gradients_reach_the_adapter_with_its_scale():
+  dense = transformer.Dense(families.from_hf(LLADA), 2, ("embed", "mlp"))
   params = {"layers": {"up": {"kernel": jnp.ones((1, 2, 2))}}}
   a, b = jnp.ones((1, 2, 1)), jnp.zeros((1, 1, 2))
 
   def loss(adapter):
     module = lora.attach(params, adapter, 4.0)["layers"]["up"]
-    return (module["lora_a"] @ module["lora_b"]).sum()
+    layer = jax.tree.map(lambda x: x[0], module)
+    return dense.apply({"params": layer}, jnp.ones((1, 2))).sum()
 
   grads = jax.grad(loss)({"layers": {"up": {"a": a, "b": b}}})["layers"]["up"]
   assert (grads["b"] == 8.0).all()  # 4 * the column sums of A

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from rspo_jax import chips, flops, hlo, plan, planner
+from rspo_jax import chips, flops, hlo, plan, planner, program, sharding
 
 ROOT = planner.pathlib.Path(__file__).resolve().parent.parent
 COUNTDOWN = f"{ROOT}/configs/countdown.py"
@@ -72,12 +72,35 @@ def test_recomputation_is_executed_and_a_branch_costs_its_dearest():
   # Two products forward, the two again to differentiate, four backward; the
   # gradient of x is not asked for, so one product of those is not there.
   one = 2 * 3 * 4 * 4
-  assert executed(jax.grad(loss), (4, 4), (3, 4)) == (2 + 2 + 3) * one
+  both = jax.value_and_grad(loss)
+  assert executed(both, (4, 4), (3, 4)) == (2 + 2 + 3) * one
+  # Where only the gradient is asked for, the first two are for nothing.
+  assert executed(jax.grad(loss), (4, 4), (3, 4)) == (2 + 3) * one
 
   def branch(x, w):
     return jax.lax.cond(x.sum() > 0, lambda x: x @ w @ w, lambda x: x @ w, x)
 
   assert executed(branch, (3, 4), (4, 4)) == 2 * one
+
+
+def test_what_no_result_depends_on_costs_nothing():
+  @jax.custom_vjp
+  def product(x, w):
+    return x @ w
+
+  product.defvjp(
+    lambda x, w: (x @ w, (x, w)),
+    lambda kept, g: (g @ kept[1].T, kept[0].T @ g),
+  )
+
+  def summed(x, w):
+    turns = jnp.int32(x.sum())  # a loop that cannot be unrolled
+    gradient = jax.grad(lambda x: product(x, w).sum())
+    return jax.lax.fori_loop(0, turns, lambda _, x: gradient(x), x)
+
+  # Forward is not needed for the gradient of a sum, w's gradient by nobody.
+  one = 2 * 3 * 4 * 4
+  assert executed(summed, (3, 4), (4, 4), unknown_trips=5) == 5 * one
 
 
 def test_what_runs_on_each_device_counts_on_all():
@@ -478,6 +501,16 @@ def test_a_rollout_that_waits_for_its_step_is_held_and_scored(capsys):
   assert beside[1] - beside[0] == pytest.approx(held, rel=1e-3)
 
 
+def test_a_run_on_a_tpu_gives_the_compiler_the_plans_option_and_no_other_does():
+  def mesh(platform):
+    devices = np.array([[[types.SimpleNamespace(platform=platform)]]])
+    return types.SimpleNamespace(devices=devices)
+
+  assert "windowed_einsum" in "".join(program.compiler_options(mesh("tpu")))
+  assert program.compiler_options(mesh("cpu")) == {}
+  assert program.compiler_options(mesh("gpu")) == {}
+
+
 def test_bytes_of_a_chip_are_those_of_its_shard():
   mesh = jax.sharding.AbstractMesh((4, 2), ("fsdp", "tensor"))
   where = jax.sharding.NamedSharding(mesh, PartitionSpec("fsdp", None))
@@ -489,6 +522,41 @@ def test_bytes_of_a_chip_are_those_of_its_shard():
 
 
 # --- The real one -----------------------------------------------------------
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5e:4x4"])
+@pytest.mark.parametrize("dimension", [0, 1])
+def test_a_scattered_sum_stays_one_in_the_compilers_hands(name, dimension):
+  devices = planner.topology_devices(chips.parse(name))
+  mesh = sharding.make_mesh(devices=devices)
+  rows = PartitionSpec("fsdp", None)
+
+  def gradient(x, cotangent):
+    partial = jax.lax.dot_general(x, cotangent, (((0,), (0,)), ((), ())))
+    return sharding.sum_scatter(partial, "fsdp", dimension)
+
+  fn = jax.shard_map(
+    gradient,
+    mesh=mesh,
+    in_specs=(rows, rows),
+    out_specs=PartitionSpec(
+      *(("fsdp", None) if dimension == 0 else (None, "fsdp"))
+    ),
+    check_vma=False,
+  )
+  x = jax.ShapeDtypeStruct(
+    (512 * mesh.size, 2048),
+    jnp.bfloat16,
+    sharding=jax.sharding.NamedSharding(mesh, rows),
+  )
+  traced = jax.jit(fn).trace(x, x)
+  compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+  wires = hlo.measure(compiled.as_text(), mesh.size).wire_by_kind
+  # A ring's count, in bfloat16, whatever the number of stages; the compiler pads.
+  by_hand = 2 * 2048**2 * (mesh.size - 1) / mesh.size
+  assert wires["reduce-scatter"].bytes == pytest.approx(by_hand, rel=0.05)
+  assert "all-reduce" not in wires
 
 
 @needs_compiler
@@ -509,6 +577,7 @@ def test_llada_8b_with_adapters_compiles_and_fits_on_four_v5e_chips():
   update = made["programs"]["update"]
   assert made["passes"] == "one" and made["fits"]
   assert update["hbm_gb"] <= 7.6
+  assert update["compile_s"] <= 90  # of CPU time
   # Every micro-batch gathers the layers' kernels twice, three quarters of them
   # from other chips; policy and reference share a gather.
   layers = 32 * (4 * 4096**2 + 3 * 4096 * 12288)

@@ -145,6 +145,19 @@ def test_a_batch_must_be_divisible_by_the_devices_that_share_it(config):
   assert settings.build(config, 8).step.shards == 2
 
 
+def test_masks_at_a_time_are_whole_draws_that_divide_them(config):
+  config.likelihood.masks = 8
+  for wish, built in ((0, 0), (2, 2), (4, 4), (8, 0)):
+    config.train.micro_masks = wish
+    assert settings.build(config, 1).step.micro_masks == built
+  for wish, near in ((3, 2), (5, 4), (16, 8)):
+    config.train.micro_masks = wish
+    with pytest.raises(
+      ValueError, match=rf"train\.micro_masks={wish} .*{near}"
+    ):
+      settings.build(config, 1)
+
+
 def test_the_nearest_micro_batch_that_fits_is_named(config):
   config.rollout.prompts, config.rollout.group_size = 15, 4
   config.train.micro_batch = 25

@@ -233,3 +233,44 @@ def test_parameters_laid_out_for_sampling_give_the_same_completions(rank, tiny):
   assert not one_layer & set(laid_out["gathered"])
   # On the way no weight was whole on every device.
   assert "rematerialization" not in warnings
+
+
+_SUMS = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import PartitionSpec
+from rspo_jax import sharding
+
+for devices in (8, 16, 32):
+  mesh = sharding.make_mesh(devices=jax.devices()[:devices])
+  x = np.random.default_rng(0).standard_normal((devices, 64, 3, 32))
+  x = x.astype(np.float32)
+  for dimension in (0, 2):
+    shard = [None] * 3
+    shard[dimension] = "fsdp"
+    found = jax.jit(jax.shard_map(
+      lambda x: sharding.sum_scatter(x[0], "fsdp", dimension),
+      mesh=mesh,
+      in_specs=PartitionSpec("fsdp"),
+      out_specs=PartitionSpec(*shard),
+      check_vma=False,
+    ))(x)
+    np.testing.assert_allclose(found, x.sum(0), rtol=1e-5, atol=1e-5)
+    print("agrees")
+"""
+
+
+def test_a_sum_that_is_scattered_is_the_sum_on_any_number_of_devices():
+  root = pathlib.Path(__file__).resolve().parent.parent
+  done = subprocess.run(
+    [sys.executable, "-c", _SUMS],
+    env=os.environ
+    | {
+      "JAX_PLATFORMS": "cpu",
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=32",
+      "PYTHONPATH": str(root),
+    },
+    capture_output=True,
+    text=True,
+    timeout=500,
+  )
+  assert done.stdout.count("agrees") == 6, done.stderr[-2000:]

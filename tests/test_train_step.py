@@ -1,5 +1,6 @@
 """The step: one gradient however it is cut, and a state that only it changes."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -234,6 +235,61 @@ def test_options_of_the_gap_survive_the_cut():
   assert_close(whole, gradient_of(objective, batch, 2, "two")[0])
 
 
+def test_masks_of_a_sequence_may_come_one_draw_after_another():
+  # One of every kind of value: scores, and log-probs of rows; dropped groups
+  # end the loop early.
+  for name, shards in (("rspo", 1), ("rspo", 2), ("spg", 1)):
+    keep = np.repeat([1, 1, 1, 0] if shards == 1 else [1, 0, 1, 0], GROUP)
+    batch = batch_of(keep=keep)
+    objective = objective_of(name=name)
+    masks = dataclasses.replace(
+      MASKS, scheme="uniform" if name == "spg" else MASKS.scheme
+    )
+    per_token = objectives.OBJECTIVES[name].per_token
+    found = []
+    for step in (
+      train_step.StepSettings(N),
+      train_step.StepSettings(4, "two", shards, micro_masks=2),
+    ):
+      estimate = jax.jit(
+        train_step.make_estimate(tiny_logprob, MASK_ID, step, masks, per_token)
+      )
+      update = train_step.make_update(
+        tiny_logprob,
+        MASK_ID,
+        optax.sgd(1.0),
+        optax.constant_schedule(1.0),
+        step,
+        masks,
+        objective,
+      )
+      state = train_step.init_state(tiny_params(), optax.sgd(1.0))
+      reference = estimate(tiny_params(1), batch, KEY)
+      policy = estimate(tiny_params(), batch, KEY)
+      after, metrics = jax.jit(update)(state, batch, KEY, reference, policy)
+      found.append((after.params, metrics, reference, policy))
+    (wanted, metrics, *scores), (params, other, *parts) = found
+    moved = lambda tree: jax.tree.map(jnp.subtract, tree, tiny_params())  # noqa: E731
+    assert_close(moved(wanted), moved(params))
+    for whole, cut in zip(scores, parts, strict=True):
+      # What is not kept may be left out of a cut estimate.
+      rows = keep > 0
+      np.testing.assert_allclose(whole[rows], cut[rows], rtol=1e-5, atol=1e-6)
+    for key in metrics:
+      np.testing.assert_allclose(
+        metrics[key], other[key], rtol=1e-5, atol=1e-6, err_msg=key
+      )
+
+
+def test_one_pass_wants_all_masks_of_a_sequence_together():
+  step = train_step.StepSettings(GROUP, micro_masks=2)
+  assert train_step.resolve_passes(step, objective_of(), N) == "two"
+  with pytest.raises(ValueError, match=r"train\.micro_masks=2.*'two'"):
+    train_step.resolve_passes(
+      dataclasses.replace(step, passes="one"), objective_of(), N
+    )
+
+
 def test_rejection_sampling_follows_the_rewarded_scores():
   # As advantage-weighted ELBO does: lambda 0, no centring.
   batch = batch_of()
@@ -388,6 +444,21 @@ def test_join_is_the_inverse_of_split_and_split_keeps_shards(shards):
     wanted = np.arange(size) // (size // shards)
     for piece in cut.split(owner):
       np.testing.assert_array_equal(piece, wanted)
+
+
+def test_parts_of_a_sequences_masks_come_back_in_their_place():
+  step = train_step.StepSettings(4, "two", shards=2, micro_masks=2)
+  cut = train_step._Cut(8, step, draws=3, canvases=2)
+  owner, values = np.arange(8), np.arange(8 * 6).reshape(8, 6)
+  owners, pieces = cut.split(owner), cut.split_masks(values)
+  assert owners.shape == (6, 4) and pieces.shape == (6, 4, 2)
+  np.testing.assert_array_equal(owners, pieces[..., 0] // 6)
+  np.testing.assert_array_equal(cut.join(pieces), values)
+  for size in (1, 3, 4):
+    with pytest.raises(ValueError, match=rf"train\.micro_masks={size} must"):
+      train_step._Cut(
+        8, train_step.StepSettings(4, micro_masks=size), draws=3, canvases=2
+      )
 
 
 def test_the_last_micro_batch_with_a_kept_sequence_is_the_last_one_run():

@@ -163,18 +163,23 @@ def attach(params, adapter, scale: float, stream: str = transformer.POLICY):
   Args:
     params: the base, shared and not copied.
     adapter: as `init` makes it.
-    scale: `LoraSettings.scale`; folded into B here, so that gradients with
-      respect to the adapter carry it.
+    scale: `LoraSettings.scale`; goes into B where it is multiplied, so that
+      gradients with respect to the adapter carry it.
     stream: which stream of activations passes through it.
 
   Returns:
     A tree like params in which an adapted projection also holds "lora_a"
-    [..., in, r] and "lora_b" [..., r, out], or "reference_a", "reference_b".
+    [..., in, r], "lora_b" [..., r, out] and "lora_scale" f32 [...], or the
+    three by the name of "reference".
   """
 
   def beside(kernel, pair):
-    del kernel
-    return {f"{stream}_a": pair["a"], f"{stream}_b": pair["b"] * scale}
+    scales = jnp.full(kernel.shape[:-2], scale, jnp.float32)
+    return {
+      f"{stream}_a": pair["a"],
+      f"{stream}_b": pair["b"],
+      f"{stream}_scale": scales,
+    }
 
   return _join(params, adapter, beside)
 

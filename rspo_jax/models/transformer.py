@@ -221,10 +221,12 @@ def _whole(matrix, axes, mesh):
   """
   whole = tuple(None if axis in ("embed", "rank") else axis for axis in axes)
   matrix = sharding.constrain(mesh, matrix, whole)
-  if mesh.devices.flat[0].platform != "tpu":
+  adapter = None in axes or "rank" in axes
+  if adapter or mesh.devices.flat[0].platform != "tpu":
     return matrix
   # Otherwise the compiler keeps transposed copies of all layers' query, key
-  # and value kernels for as long as the step lasts.
+  # and value kernels for as long as the step lasts. An adapter's A lies with
+  # the rank outside, and would be copied, and padded, the other way around.
   return with_layout_constraint(matrix, Layout(tuple(range(matrix.ndim))))
 
 
@@ -271,10 +273,8 @@ def _sharded_gradient(x, cotangent, shape, axes, mesh):
 
   def local(x, cotangent):
     partial = _contract(x, cotangent, 0, 0)
-    partial = jax.lax.psum_scatter(
-      partial, "fsdp", scatter_dimension=split[0], tiled=True
-    )
-    return jax.lax.psum(partial, "data")
+    shard = sharding.sum_scatter(partial, "fsdp", split[0])
+    return jax.lax.psum(shard, "data")
 
   return jax.shard_map(
     local,
@@ -317,6 +317,8 @@ class Dense(nn.Module):
     if self.has_variable("params", f"{stream}_a"):
       a = self.get_variable("params", f"{stream}_a")
       b = self.get_variable("params", f"{stream}_b")
+      # One layer's at a time: scaled beforehand, all layers' would be copied.
+      b = b * self.get_variable("params", f"{stream}_scale")
       inner = self._product(x, a, adapter_axes(self.axes)[0])
       product = product + self._product(
         inner.astype(dtype), b, adapter_axes(self.axes)[1]
@@ -646,7 +648,7 @@ def make_logprob_fn(
     def of(stream):
       h = out[stream].reshape(n, canvases * length, config.width)
       h = jnp.take_along_axis(h, rows[:, :, None], axis=1)  # [n, R, D]
-      return _chunked_logprob(config, params, h, target, mesh, stream)
+      return target_logprobs(config, params, h, target, mesh, stream)
 
     logprobs = tuple(of(stream) for stream in streams)
     return logprobs if dual else logprobs[0]
@@ -654,8 +656,20 @@ def make_logprob_fn(
   return logprob_fn
 
 
-def _chunked_logprob(config, params, h, target, mesh, stream):
-  """log p(target) f32 [n, R] of h [n, R, D], `head_chunks` pieces of R."""
+def target_logprobs(config, params, h, target, mesh=None, stream=POLICY):
+  """Log-probabilities of tokens, with the logits of a piece of R at a time.
+
+  Args:
+    config: the model; `head_chunks` is the number of pieces.
+    params: its parameters.
+    h: final hidden rows [n, R, D].
+    target: i32 [n, R], the tokens.
+    mesh: of the parameters; None: no layout is asked for.
+    stream: whose adapter the head has.
+
+  Returns:
+    f32 [n, R].
+  """
 
   def logprob(inputs):
     h, target = inputs
