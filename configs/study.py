@@ -31,6 +31,10 @@ RATES: dict[str, float] = {
   "wd1": 1e-4,
   "espo": 1e-4,
   "spg": 1e-4,
+  "gdpo": 1e-4,
+  "vrpo": 3e-4,
+  "tracerl": 3e-4,
+  "justgrpo": 3e-4,
 }
 DEFAULT_RATE = 1e-4
 # What each objective evaluates beside the policy's gradient.
