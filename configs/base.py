@@ -46,10 +46,8 @@ def get_config() -> ml_collections.ConfigDict:
   lora.targets = "query,key,value,out,gate,up,down"  # adapted projections, of
   #                                        rspo_jax.models.lora.TARGETS
   lora.rslora = False  # scale alpha / sqrt(rank)
-  lora.path = (
-    ""  # adapter folder in PEFT's layout that the run starts from, its
-  )
-  #                 reference too; rank, alpha and targets are then the folder's
+  lora.path = ""  # adapter folder (PEFT's layout, or gs://) that the run starts
+  #     from, its reference too; rank, alpha and targets are then the folder's
   lora.dual = True  # policy and reference in one pass over the frozen base;
   #                   False: the reference alone, while the host verifies
 

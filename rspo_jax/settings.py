@@ -582,7 +582,8 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     "head_chunks": config.model.head_chunks,
     "new": config.model.new.to_dict(),
   }
-  if config.lora.path and not os.path.isfile(
+  here = config.lora.path and "://" not in config.lora.path
+  if here and not os.path.isfile(
     os.path.join(config.lora.path, "adapter_config.json")
   ):
     raise ValueError(

@@ -191,6 +191,27 @@ def test_a_run_starts_from_an_adapter_folder_and_refers_to_it(whole, tiny):
   assert written["r"] == 2
 
 
+def test_the_adapter_folder_may_lie_in_a_bucket(whole, tiny, bucket, capsys):
+  from etils import epath
+
+  there = epath.Path("gs://bucket/adapters/one")
+  for name, content in tiny_runs.files(whole / "adapter").items():
+    (there / name).write_bytes(content)
+  here, far = (
+    program_lib.fresh_state(
+      tiny_runs.program_of(tiny("unused", lora__path=str(path), lora__rank=0))
+    )
+    for path in (whole / "adapter", there)
+  )
+  jax.tree.map(np.testing.assert_array_equal, far.params, here.params)
+  missing = tiny("missing", lora__path="gs://bucket/adapters/two")
+  assert main.main(missing) == 2
+  assert "gs://bucket/adapters/two does not exist" in " ".join(
+    capsys.readouterr().err.split()
+  )
+  assert not (tiny.folder / "missing").exists()
+
+
 @pytest.mark.parametrize(
   ("overrides", "said"),
   [
