@@ -35,6 +35,7 @@ RATES: dict[str, float] = {
   "vrpo": 3e-4,
   "tracerl": 3e-4,
   "justgrpo": 3e-4,
+  "trafl": 1e-4,
 }
 DEFAULT_RATE = 1e-4
 # What each objective evaluates beside the policy's gradient.
