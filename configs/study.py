@@ -136,12 +136,10 @@ def sweep():
     own = final | {"optimizer.learning_rate": rate} | dict(item["overrides"])
     entries.append(_entry(f"final-rspo-{item['name']}", "", own))
   # The same steps on cheaper rollouts; what they save is in the metrics.
-  cached = final | {
-    "optimizer.learning_rate": rate,
-    "sampler.cache": "dual",
-  }
-  entries.append(_entry("final-rspo-cache_dual", "", cached))
-  entries.append(
-    _entry("final-rspo-threshold_0.9", "", cached | {"sampler.threshold": 0.9})
-  )
+  for name, cheaper in (
+    ("cache_dual", {"sampler.cache": "dual"}),
+    ("threshold_0.9", {"sampler.threshold": 0.9}),
+  ):
+    own = final | {"optimizer.learning_rate": rate} | cheaper
+    entries.append(_entry(f"final-rspo-{name}", "", own))
   return entries
