@@ -12,9 +12,9 @@
 
 Everything runs interleaved, `--repeats` times; medians are reported, as one
 JSON line. Shares are also taken pair by pair and by CPU time, which other
-programs on the machine disturb less. `--profile=FOLDER` then traces one more update and prints its most
-expensive operations. A guard against regressions on a quiet machine, not a
-boast.
+programs on the machine disturb less. `--profile=FOLDER` then traces one more
+update and prints its most expensive operations. A guard against regressions on
+a quiet machine, not a boast.
 """
 
 import argparse

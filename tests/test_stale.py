@@ -184,20 +184,12 @@ def test_the_next_rollout_is_begun_before_the_rewards(
   runs, tiny, tmp_path, monkeypatch
 ):
   runs("rspo")  # compiled by then
-  events = []
-
-  def noted(name, method):
-    def wrapped(self, *args):
-      events.append(name)
-      return method(self, *args)
-
-    return wrapped
-
-  for name in ("sample", "complete", "scores", "update"):
-    method = getattr(train.Run, name)
-    monkeypatch.setattr(train.Run, name, noted(name, method))
-  judge = program_lib.Program.judge
-  monkeypatch.setattr(program_lib.Program, "judge", noted("rewards", judge))
+  methods = ("sample", "complete", "scores", "update")
+  events = tiny_runs.noted(
+    monkeypatch,
+    rewards=(program_lib.Program, "judge"),
+    **{name: (train.Run, name) for name in methods},
+  )
   short = {"run__steps": 3, "eval__every": 0}
   assert main.main(tiny(tmp_path / "run", **RSPO | short)) == 0
   first = events.index("sample")

@@ -152,18 +152,11 @@ def test_scores_that_need_no_reward_are_begun_before_the_rewards(
   skip, whole, whole_kept, tiny, tmp_path, monkeypatch
 ):
   del whole, whole_kept  # compiled by then
-  events = []
-
-  def noted(name, method):
-    def wrapped(self, *args):
-      events.append(name)
-      return method(self, *args)
-
-    return wrapped
-
-  program = train.program_lib.Program
-  monkeypatch.setattr(program, "judge", noted("rewards", program.judge))
-  monkeypatch.setattr(train.Run, "scores", noted("scores", train.Run.scores))
+  events = tiny_runs.noted(
+    monkeypatch,
+    rewards=(train.program_lib.Program, "judge"),
+    scores=(train.Run, "scores"),
+  )
   argv = tiny(tmp_path / "run", objective__skip_equal_groups=skip, run__steps=2)
   assert main.main(argv) == 0
   # What an evaluation judges comes before the first step and after the last.

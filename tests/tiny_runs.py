@@ -276,6 +276,24 @@ def disturb(monkeypatch, method, step, action):
   monkeypatch.setattr(train.Run, method, wrapped)
 
 
+def noted(monkeypatch, **methods):
+  """Notes calls in their order: {name: (class, method)} -> list of names."""
+  events = []
+
+  def patched(name, owner, method):
+    original = getattr(owner, method)
+
+    def wrapped(self, *args):
+      events.append(name)
+      return original(self, *args)
+
+    monkeypatch.setattr(owner, method, wrapped)
+
+  for name, (owner, method) in methods.items():
+    patched(name, owner, method)
+  return events
+
+
 def ask_to_stop(run):
   """SIGTERM, as a scheduler sends it."""
   os.kill(os.getpid(), signal.SIGTERM)
