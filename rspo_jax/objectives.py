@@ -83,6 +83,26 @@ def group_advantages(rewards: np.ndarray, normalize: bool = True) -> np.ndarray:
   return np.where(equal[:, None], 0.0, advantages).astype(np.float32)
 
 
+def solved_advantages(
+  advantages: np.ndarray, correct: np.ndarray, value: float
+) -> np.ndarray:
+  """Advantages with `value` for every completion of an all-right group.
+
+  Relative rewards say nothing of such a group; with a positive value it is
+  learnt from as rejection sampling does. (Not in the paper, whose value is 0.)
+
+  Args:
+    advantages: f32 [b, G].
+    correct: bool [b, G].
+    value: advantage, >= 0.
+
+  Returns:
+    f32 [b, G].
+  """
+  solved = np.asarray(correct, bool).all(1, keepdims=True)
+  return np.where(solved, np.float32(value), advantages)
+
+
 def rewarded_advantages(correct: np.ndarray) -> np.ndarray:
   """Advantage of rejection sampling: N' / N+ for right completions, else 0.
 
@@ -224,6 +244,8 @@ class ObjectiveSettings:
     lambda_unit: "token" (meets d) or "sequence" (meets L d).
     lambda_share: share std(lambda d) / std(A) that lambda follows from step to
       step, from `lambda_` on; 0: it stays.
+    solved_advantage: of completions of a group that are all right; 0: as any
+      other group of equal rewards.
     centring: set over which the mean relative score is taken out.
     subtract_reference: False drops the reference from the gap (ablation).
     gap_masks: "shared" uses all masks in gap and direction; "leave_one_out"
@@ -249,6 +271,7 @@ class ObjectiveSettings:
   subtract_reference: bool = True
   gap_masks: str = "shared"
   lambda_share: float = 0.0
+  solved_advantage: float = 0.0
   clip: float = 0.2
   kl_weight: float = 0.0
   kl_reduction: str = "mean"

@@ -271,18 +271,24 @@ def assemble(
   group = objective.group_size
   rewards = judged.rewards.reshape(-1, group)  # [b, G]
   correct = judged.correct.reshape(-1, group)
-  advantages = objectives.OBJECTIVES[objective.name].advantages(
-    rewards, correct, normalize
-  )
+
+  def advantages_of(rewards, correct):
+    entry = objectives.OBJECTIVES[objective.name]
+    advantages = entry.advantages(rewards, correct, normalize)
+    if objective.solved_advantage:
+      advantages = objectives.solved_advantages(
+        advantages, correct, objective.solved_advantage
+      )
+    return advantages
+
+  advantages = advantages_of(rewards, correct)
   if keep_groups and skip_equal_groups:
     surplus = np.flatnonzero((advantages != 0).any(1))[keep_groups:]
     if len(surplus):
       # Anew: some advantages are relative to all completions that are kept.
       rest = np.setdiff1d(np.arange(len(rewards)), surplus)
       advantages = np.zeros_like(advantages)
-      advantages[rest] = objectives.OBJECTIVES[objective.name].advantages(
-        rewards[rest], correct[rest], normalize
-      )
+      advantages[rest] = advantages_of(rewards[rest], correct[rest])
   if finished is not None:
     finished = finished.reshape(len(finished), -1, group)
     advantages = objectives.process_advantages(advantages, rewards, finished)

@@ -153,6 +153,7 @@ _NOT_NEGATIVE = (
   "rollout.temperature",
   "objective.lambda_",
   "objective.lambda_share",
+  "objective.solved_advantage",
   "objective.clip",
   "objective.kl_weight",
   "objective.sft_weight",
@@ -854,6 +855,11 @@ def _check_objective(config, objective, sampler, shards: int) -> None:
     raise ValueError(
       f"objective.lambda_share={objective.lambda_share} needs a lambda to start "
       "from; use objective.lambda_=1, or lambda_share=0."
+    )
+  if objective.solved_advantage and objective.name != "rspo":
+    raise ValueError(
+      f"objective.solved_advantage={objective.solved_advantage} belongs to "
+      f"objective.name='rspo'; use 0 with {objective.name!r}."
     )
   if config.objective.reference_every and not entry.uses_reference(objective):
     raise ValueError(

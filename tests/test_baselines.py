@@ -381,6 +381,11 @@ REFUSED = [
     },
     "fixed schedule",
   ),
+  (
+    {"objective.name": "rft", "objective.solved_advantage": 1.0},
+    "belongs to objective.name='rspo'; use 0",
+  ),
+  ({"objective.solved_advantage": -1.0}, "solved_advantage"),
   ({"rollout.stale_steps": 2}, r"stale_steps=2 must lie in \[0, 1\]"),
   (
     {"rollout.stale_steps": 1, "objective.lambda_": 0.0},

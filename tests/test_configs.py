@@ -82,7 +82,7 @@ def derived(name, one, other):
   keys = set()
   if other == "gdpo" and one in ("llada_8b", "dream_7b"):
     keys.add("likelihood.scheme")
-  if name == "study":
+  if name.startswith("study"):
     keys.add("run.steps")
   return keys
 
@@ -269,27 +269,41 @@ def test_large_models_are_adapted_and_with_full_trained_whole(name, model):
     settings.build(adapted, 4)
 
 
-def test_runs_of_the_study_cost_the_same():
-  from configs import study
+@pytest.mark.parametrize("name", [name for name in FILES if "study" in name])
+def test_runs_of_the_study_cost_the_same(name):
+  from configs import study, study_countdown
   from rspo_jax import objectives, sweep
 
-  for name in study.OBJECTIVES:
-    config = study.get_config("" if name == "rspo" else name)
+  runs = {"study": study.SUDOKU, "study_countdown": study_countdown.COUNTDOWN}
+  entries = sweep.load_entries(str(ROOT / "configs" / f"{name}.py"))
+  tuned, seeds = {}, set()
+  for entry in entries:
+    config = runs[name].config(entry.arg)
+    for key, value in entry.overrides.items():
+      group, _, field = key.partition(".")
+      config[group][field] = value
     built = settings.build(config, 1)
-    entry = objectives.OBJECTIVES[name]
+    objective = objectives.OBJECTIVES[built.objective.name]
     updates = built.step.updates_per_rollout
-    each = 3 + entry.uses_reference(built.objective)
-    each += entry.ratio and updates > 1
-    rollout = built.sampler.steps * (1 + 0.5 * entry.finishes)
+    each = 3 + objective.uses_reference(built.objective)
+    each += objective.ratio and updates > 1
+    each += built.objective.centring == "batch"
+    rollout = built.sampler.steps * (1 + 0.5 * objective.finishes)
     cost = rollout + updates * built.likelihood.masks * each
-    assert study.forwards(config) == cost, name
-    spent = cost * config.run.steps
-    assert abs(spent - study.BUDGET) <= cost / 2, name
-  entries = sweep.load_entries(str(ROOT / "configs" / "study.py"))
-  tuned = [e for e in entries if e.name.startswith("tune-")]
-  assert len(tuned) == 3 * len(study.OBJECTIVES)
-  seeds = {seed for e in tuned for seed in e.seeds}
+    assert study.forwards(config) == cost, entry.name
+    if entry.name != "final-rspo-spent":
+      spent = cost * config.run.steps
+      assert abs(spent - runs[name].budget) <= cost / 2, entry.name
+    if entry.name.startswith("tune-"):
+      run, _, rate = entry.name.removeprefix("tune-").rpartition("-")
+      assert float(rate) == entry.overrides["optimizer.learning_rate"]
+      tuned.setdefault(run, set()).add(float(rate))
+      seeds |= set(entry.seeds)
+  assert all(len(rates) == 3 for rates in tuned.values())
+  names = {entry.name for entry in entries}
+  assert all(any(f"final-{run}" in other for other in names) for run in tuned)
   for entry in entries:
     if entry.name.startswith("final-"):
-      assert len(entry.seeds) >= 5 and not seeds & set(entry.seeds)
+      assert tuple(entry.seeds) == runs[name].seeds
+      assert len(entry.seeds) >= 3 and not seeds & set(entry.seeds)
       assert entry.overrides["eval.split"] == "test"

@@ -39,7 +39,10 @@ def assemble(rewards, group, **options):
   """`rollout.assemble` of n random completions with these rewards."""
   tokens, mask, ended = completions(len(rewards))
   settings = objectives.ObjectiveSettings(
-    name=options.pop("name", "rspo"), lambda_=0.5, group_size=group
+    name=options.pop("name", "rspo"),
+    lambda_=0.5,
+    solved_advantage=options.pop("solved_advantage", 0.0),
+    group_size=group,
   )
   values = {
     "normalize": False,
@@ -279,6 +282,29 @@ def test_no_more_groups_than_asked_for_are_kept():
   kept = batch.keep > 0
   assert sorted(set(batch.row[kept] // 2)) == [0, 1]
   np.testing.assert_allclose(batch.advantage[kept].mean(), 1.0, rtol=1e-6)
+
+
+def test_groups_that_are_all_right_push_where_asked():
+  rewards = [1, 1, 1, 0, 0, 0, 1, 1]
+  options = dict(skip_equal_groups=True)
+  plain, _ = assemble(rewards, 2, **options)
+  assert sorted(set(plain.row[plain.keep > 0] // 2)) == [1]
+  batch, _ = assemble(rewards, 2, solved_advantage=0.5, **options)
+  kept = batch.keep > 0
+  assert sorted(set(batch.row[kept] // 2)) == [0, 1, 3]
+  of_row = dict(zip(batch.row, batch.advantage, strict=True))
+  before = dict(zip(plain.row, plain.advantage, strict=True))
+  assert [of_row[row] for row in (0, 1, 6, 7)] == [0.5] * 4
+  # The other groups are what they were; the all-wrong one stays dropped.
+  assert [of_row[row] for row in (2, 3, 4, 5)] == [
+    before[row] for row in (2, 3, 4, 5)
+  ]
+  np.testing.assert_allclose(batch.target, batch.advantage / 0.5)
+  # A limit on groups counts them, too.
+  batch, _ = assemble(
+    rewards, 2, solved_advantage=0.5, keep_groups=2, **options
+  )
+  assert sorted(set(batch.row[batch.keep > 0] // 2)) == [0, 1]
 
 
 def test_partial_canvases_are_finished_from_where_they_stood():
