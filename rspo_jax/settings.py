@@ -12,6 +12,7 @@ import json
 import math
 import os
 import pathlib
+import stat
 import tempfile
 from typing import Any
 
@@ -1010,19 +1011,28 @@ def _run_in(folder) -> dict | None:
   Args:
     folder: a `pathlib.Path`, or an `epath.Path` in a bucket.
   """
-  if not folder.exists():
+  # One question: in a bucket a folder is there while something is in it, and
+  # that may be the probe of another process.
+  try:
+    found = folder.stat()
+  except (FileNotFoundError, NotADirectoryError):
     return None
-  if not folder.is_dir():
+  in_bucket = not isinstance(folder, pathlib.Path)
+  if not (found.is_directory if in_bucket else stat.S_ISDIR(found.st_mode)):
     raise ValueError(f"--workdir={folder} is a file; name a folder.")
   before = read_config(folder)
   if before is not None:
     return before
+  try:
+    names = [path.name for path in folder.iterdir()]
+  except FileNotFoundError:
+    return None
   # An evaluation leaves eval/ alone; a start that was cut off, a part of
   # config.json.
   strangers = [
-    path.name
-    for path in folder.iterdir()
-    if path.name != "eval" and not path.name.startswith((CONFIG, ".rspo_jax-"))
+    name
+    for name in names
+    if name != "eval" and not name.startswith((CONFIG, ".rspo_jax-"))
   ]
   if strangers:
     raise ValueError(

@@ -11,8 +11,9 @@ import pytest
 import tiny_runs
 
 import rspo_jax
-from rspo_jax import main, mirror, train
+from rspo_jax import main, mirror, settings
 from rspo_jax.checkpoint import Checkpointer
+from rspo_jax.runs import Run
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -121,7 +122,7 @@ def test_a_run_in_a_bucket_goes_on_on_a_machine_that_never_saw_it(
   address = "gs://bucket/runs/moved"
   argv = tiny(address, run__tensorboard=True)
   program = tiny_runs.program_of(argv)
-  original, left = train.Run.train_one, [3]
+  original, left = Run.train_one, [3]
 
   def stopped(run, batches):
     if left and run.step == left[0]:
@@ -131,7 +132,7 @@ def test_a_run_in_a_bucket_goes_on_on_a_machine_that_never_saw_it(
         time.sleep(1e-3)
     return original(run, batches)
 
-  monkeypatch.setattr(train.Run, "train_one", stopped)
+  monkeypatch.setattr(Run, "train_one", stopped)
   home_of(address, tmp_path / "one", monkeypatch)
   assert main.main(argv) == 75
   home = home_of(address, tmp_path / "two", monkeypatch)
@@ -174,7 +175,7 @@ def test_a_bucket_that_refuses_stops_a_run_with_3_and_loses_nothing(
   argv = tiny(address)
   program = tiny_runs.program_of(argv)
   home_of(address, tmp_path / "one", monkeypatch)
-  original = train.Run.train_one
+  original = Run.train_one
 
   def refusing(run, batches):
     # From the middle of the run on, until it is started again.
@@ -184,14 +185,50 @@ def test_a_bucket_that_refuses_stops_a_run_with_3_and_loses_nothing(
       )
     return original(run, batches)
 
-  monkeypatch.setattr(train.Run, "train_one", refusing)
+  monkeypatch.setattr(Run, "train_one", refusing)
   assert main.main(argv) == 3
   error = capsys.readouterr().err
   assert address in error and "Traceback" not in error
-  monkeypatch.setattr(train.Run, "train_one", original)
+  monkeypatch.setattr(Run, "train_one", original)
   monkeypatch.setattr(bucket, "refuse", lambda method, name: False)
   assert main.main(argv) == 0
   assert_same_run(address, bucket, whole, program)
+
+
+@pytest.mark.parametrize("requests", range(6))
+def test_probes_of_other_processes_come_and_go(
+  requests, bucket, tiny, tmp_path, monkeypatch
+):
+  """A folder that is there at one question and not at the next."""
+  config = main.parse(tiny("gs://bucket/runs/new"))[0].to_dict()
+  home_of("gs://bucket/runs/new", tmp_path / "one", monkeypatch)
+  probe = "bucket/runs/new/.rspo_jax-1-ab"
+  bucket.insert(probe, {}, b"")
+  left = [None] * requests
+
+  def counted(original):
+    def answer(*args):
+      if left:
+        left.pop()
+      else:
+        bucket.objects.pop(probe, None)
+      return original(*args)
+
+    return answer
+
+  for name in ("read", "list"):
+    monkeypatch.setattr(bucket, name, counted(getattr(bucket, name)))
+  settings.check_workdir("gs://bucket/runs/new", config, "train")
+  assert not left and probe not in bucket.objects
+  assert not bucket.files("bucket/runs/new")
+
+
+def test_an_object_is_no_folder(bucket, tiny, tmp_path, monkeypatch):
+  config = main.parse(tiny("gs://bucket/runs/file"))[0].to_dict()
+  home_of("gs://bucket/runs/file", tmp_path / "one", monkeypatch)
+  bucket.insert("bucket/runs/file", {}, b"text")
+  with pytest.raises(ValueError, match="is a file; name a folder"):
+    settings.check_workdir("gs://bucket/runs/file", config, "train")
 
 
 def test_a_bucket_that_cannot_be_written_is_refused_before_anything(
