@@ -58,7 +58,8 @@ OVERRIDES = {
 # Says which phase it is in.
 ANNOUNCING = """
 import sys
-from rspo_jax import checkpoint, main, program, train
+from rspo_jax import checkpoint, main, program
+from rspo_jax.runs import Run
 def announce(owner, method, phase):
   original = getattr(owner, method)
   def wrapped(self, *args, **options):
@@ -71,7 +72,7 @@ def of_call(run, args):
   if args[0] not in run._seen:
     return None if run.step == 0 and "evaluation" in args[0] else "compiling"
   return "evaluation" if "evaluation" in args[0] else args[0]
-announce(train.Run, "call", of_call)
+announce(Run, "call", of_call)
 announce(program.Program, "judge", lambda self, args: "reward")
 announce(checkpoint.Checkpointer, "save", lambda self, args: "save")
 sys.exit(main.main())

@@ -57,7 +57,8 @@ def soak(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
   The save under way at a step may hold files and threads of its own: the least
   of a stretch is what stays.
   """
-  from rspo_jax import main, train
+  from rspo_jax import main
+  from rspo_jax.runs import Run
 
   tiny_runs.save_checkpoint(folder / "checkpoint")
   tiny_runs.save_puzzles(folder / "puzzles.jsonl")
@@ -75,19 +76,19 @@ def soak(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
     optimizer__learning_rate=1e-4,
   )
   seen = []
-  original = train.Run.train_one
+  original = Run.train_one
 
   def watched(run, batches):
     values = original(run, batches)
     seen.append(now(run.program))
     return values
 
-  train.Run.train_one = watched
+  Run.train_one = watched
   begun = time.monotonic()
   try:
     status = main.main(argv)
   finally:
-    train.Run.train_one = original
+    Run.train_one = original
   took_s = time.monotonic() - begun
   tenth = max(1, int(WARM_UP * steps))
   early, late = seen[tenth : 2 * tenth], seen[-tenth:]
@@ -118,8 +119,10 @@ def soak(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
 
 def saving(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
   """Measures saves and restores of the main job."""
+  import jax
+
   from configs import base
-  from rspo_jax import main, settings, train
+  from rspo_jax import main, settings
   from rspo_jax import program as program_lib
   from rspo_jax.checkpoint import Checkpointer
 
@@ -164,9 +167,7 @@ def saving(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
   for _ in range(5):
     begun = time.perf_counter()
     with Checkpointer(folder / "saving" / "checkpoints") as checkpointer:
-      train.jax.block_until_ready(
-        checkpointer.restore(program.state_template).state
-      )
+      jax.block_until_ready(checkpointer.restore(program.state_template).state)
     restore_s.append(time.perf_counter() - begun)
   result = {
     "status": status,

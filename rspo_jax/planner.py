@@ -296,7 +296,7 @@ def describe(program: program_lib.Program) -> Described:
     resident["refreshed reference"] = spare
   if stale:
     resident["rollout ahead"] = chip_bytes(program.ahead_template())
-  # As the loop calls them (train.Run.scores): where the update does not score
+  # As the loop calls them (runs.Run.scores): where the update does not score
   # the reference itself, its scores; of two passes, and of ratios, the
   # policy's, which a pair gives along with them; those of older parameters
   # come before.

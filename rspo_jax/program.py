@@ -1,7 +1,7 @@
 """Everything a run computes with: model, data layout and compiled functions.
 
 `build` loads the model onto the mesh and prepares the jitted functions; it
-compiles nothing and reads no data. The loop (`train.py`) calls them one after
+compiles nothing and reads no data. A run (`runs.py`) calls them one after
 another; the planner (`planner.py`) compiles them for a mesh that is not there,
 with an `abstract_model`.
 """

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rspo_jax import objectives, sampler
+from rspo_jax import objectives, sampler, sharding
 from rspo_jax.tasks import base
 from rspo_jax.train_step import RolloutBatch
 
@@ -227,6 +227,51 @@ def scope_masks(completion_mask, token_mask, scope: str):
       [before, after & completion_mask], axis=1
     )
   return completion_mask, token_mask
+
+
+def metrics(
+  judged: Judged, ended: np.ndarray, has_eos: np.ndarray, group: int
+) -> dict[str, float]:
+  """Metrics of a rollout, over the completions of all processes.
+
+  Args:
+    judged: verdicts of this process's n completions, groups contiguous.
+    ended: bool [n, L], True through the first EOS.
+    has_eos: bool [n], whether a completion has one.
+    group: completions of a prompt, G.
+  """
+  distinct = [
+    len(set(judged.texts[i : i + group])) / group
+    for i in range(0, len(judged.texts), group)
+  ]
+  table = np.stack(
+    [
+      judged.rewards,
+      judged.correct,
+      ended.sum(1),
+      has_eos,
+      np.repeat(distinct, group),
+      judged.unjudged,
+      [not text.strip() for text in judged.texts],
+    ],
+    axis=1,
+  ).astype(np.float32)
+  rewards, correct, length, eos, distinct, unjudged, empty = (
+    sharding.gather_rows(table).astype(np.float64).T
+  )
+  return {
+    "reward/mean": float(rewards.mean()),
+    "reward/std": float(rewards.std()),
+    "reward/equal_groups": float(
+      objectives.equal_groups(rewards.reshape(-1, group)).mean()
+    ),
+    "reward/correct": float(correct.mean()),
+    "reward/no_verdict": float(unjudged.mean()),
+    "rollout/length_mean": float(length.mean()),
+    "rollout/eos_share": float(eos.mean()),
+    "rollout/empty_share": float(empty.mean()),
+    "rollout/distinct_share": float(distinct.mean()),
+  }
 
 
 def assemble(

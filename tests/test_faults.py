@@ -26,11 +26,11 @@ from rspo_jax import (
   main,
   rollout,
   sharding,
-  train,
   train_step,
 )
 from rspo_jax import program as program_lib
 from rspo_jax.checkpoint import Checkpointer
+from rspo_jax.runs import Run
 
 STEPS = tiny_runs.SMALL["run.steps"]
 
@@ -45,7 +45,7 @@ def program(tiny):
 
 def poison(monkeypatch, *steps):
   """Makes advantages and targets of the given steps (from 1) NaN."""
-  original = train.Run.rollout_batch
+  original = Run.rollout_batch
 
   def poisoned(run, *args):
     batch, values = original(run, *args)
@@ -54,7 +54,7 @@ def poison(monkeypatch, *steps):
       batch = batch.replace(advantage=bad, target=bad)
     return batch, values
 
-  monkeypatch.setattr(train.Run, "rollout_batch", poisoned)
+  monkeypatch.setattr(Run, "rollout_batch", poisoned)
 
 
 # Numbers that are no numbers.
@@ -306,7 +306,7 @@ def test_a_signal_amid_a_phase_ends_the_run_with_75_within_10_seconds(
   elif phase == "save":
     around(Checkpointer, "save", lambda args: True)
   else:
-    around(train.Run, "call", lambda args: args[0] == phase)
+    around(Run, "call", lambda args: args[0] == phase)
   assert main.main(tiny(tmp_path)) == 75
   assert time.monotonic() - sent[0] < 10
   assert main.main(tiny(tmp_path)) == 0
@@ -319,14 +319,14 @@ def test_a_signal_amid_a_phase_ends_the_run_with_75_within_10_seconds(
 def test_the_best_by_validation_is_kept_beside_the_last(
   tiny, tmp_path, monkeypatch
 ):
-  original = train.Run.evaluate
+  original = Run.evaluate
   accuracy_by_step = {0: 0.1, 2: 0.9, 4: 0.2, STEPS: 0.3}
 
   def graded(run, stem):
     found = original(run, stem)
     return found | {"eval/accuracy": accuracy_by_step[run.step]}
 
-  monkeypatch.setattr(train.Run, "evaluate", graded)
+  monkeypatch.setattr(Run, "evaluate", graded)
   command = tiny(
     tmp_path,
     run__checkpoint_every=100,

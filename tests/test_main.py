@@ -16,6 +16,7 @@ import tiny_runs
 from hypothesis import strategies as st
 
 from rspo_jax import main, scores, settings, train
+from rspo_jax.runs import Run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUDOKU = str(ROOT / "configs" / "sudoku.py")
@@ -703,7 +704,7 @@ def test_eval_of_nothing_is_refused(tiny, whole, tmp_path, capsys):
 def test_an_evaluation_that_is_asked_to_stop_ends_with_75(
   tiny, tmp_path, monkeypatch, capsys
 ):
-  original = train.Run.stop_if_asked
+  original = Run.stop_if_asked
 
   def asked(run, *args):
     signal.raise_signal(signal.SIGTERM)
@@ -711,7 +712,7 @@ def test_an_evaluation_that_is_asked_to_stop_ends_with_75(
       time.sleep(1e-3)
     original(run, *args)
 
-  monkeypatch.setattr(train.Run, "stop_if_asked", asked)
+  monkeypatch.setattr(Run, "stop_if_asked", asked)
   assert main.main([*tiny(tmp_path / "run"), "--mode=eval"]) == 75
   captured = capsys.readouterr()
   assert captured.out == "" and "SIGTERM" in captured.err

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 HOST = """
 import json, os, sys
 import tiny_runs
-from rspo_jax import main, program, train
+from rspo_jax import main, program
 judged = []
 judge = program.Program.judge
 def noting(self, examples, texts):

@@ -12,6 +12,7 @@ import tiny_runs
 from rspo_jax import main, train, train_step
 from rspo_jax import program as program_lib
 from rspo_jax.checkpoint import Checkpointer
+from rspo_jax.runs import Run
 
 STEPS = tiny_runs.SMALL["run.steps"]
 RSPO = {"rollout__stale_steps": 1, "run__checkpoint_every": 1}
@@ -50,7 +51,7 @@ def kept(folder, program, step):
   if not step:
     return program_lib.fresh_state(program)
   with Checkpointer(folder / "checkpoints") as checkpointer:
-    template = functools.partial(train._template, program)
+    template = functools.partial(train.template_of, program)
     return checkpointer.restore(template, step).state
 
 
@@ -65,7 +66,7 @@ def sampled_by(program, params, step):
   """The same, sampled here."""
   settings = program.settings
   run = types.SimpleNamespace(settings=settings, program=program)
-  batch = train._batches(run)[step]
+  batch = train.open_batches(run)[step]
   key = train_step.stream_key(settings.run.seed, step, train_step.ROLLOUT)
   with program.mesh:
     out = program.rollout_fn(
@@ -188,7 +189,7 @@ def test_the_next_rollout_is_begun_before_the_rewards(
   events = tiny_runs.noted(
     monkeypatch,
     rewards=(program_lib.Program, "judge"),
-    **{name: (train.Run, name) for name in methods},
+    **{name: (Run, name) for name in methods},
   )
   short = {"run__steps": 3, "eval__every": 0}
   assert main.main(tiny(tmp_path / "run", **RSPO | short)) == 0

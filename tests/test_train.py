@@ -17,7 +17,9 @@ import pytest
 import tiny_runs
 
 import rspo_jax
-from rspo_jax import main, train
+from rspo_jax import main
+from rspo_jax import program as program_lib
+from rspo_jax.runs import Run, Stopwatch, evaluation_prompts
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 KINDS = ("greedy", "sampled")
@@ -133,7 +135,7 @@ def test_metrics_hold_every_step_once_with_the_keys_of_the_contract(whole):
 
 
 def test_the_host_share_is_what_the_device_waited_for_at_most():
-  watch = train.Stopwatch()
+  watch = Stopwatch()
   watch.seconds = {
     "time/data_s": 1.0,
     "time/rollout_s": 4.0,
@@ -154,8 +156,8 @@ def test_scores_that_need_no_reward_are_begun_before_the_rewards(
   del whole, whole_kept  # compiled by then
   events = tiny_runs.noted(
     monkeypatch,
-    rewards=(train.program_lib.Program, "judge"),
-    scores=(train.Run, "scores"),
+    rewards=(program_lib.Program, "judge"),
+    scores=(Run, "scores"),
   )
   argv = tiny(tmp_path / "run", objective__skip_equal_groups=skip, run__steps=2)
   assert main.main(argv) == 0
@@ -314,7 +316,7 @@ def test_a_run_samples_through_the_cache_and_keeps_the_tails_of_prompts(
     program = tiny_runs.program_of(
       tiny("unused", data__prompt_length=12, run__steps=2)
     )
-    train._prompts(program, "validation", 0)
+    evaluation_prompts(program, "validation", 0)
 
 
 def test_the_same_command_on_a_finished_run_says_so(whole, tiny, capsys):
@@ -561,13 +563,13 @@ def test_a_run_without_any_good_checkpoint_stops_with_3(
 def test_a_value_that_is_not_finite_stops_with_3_and_names_it(
   whole, tiny, tmp_path, monkeypatch, program, capsys
 ):
-  original, left = train.Run.train_one, ["loss"]
+  original, left = Run.train_one, ["loss"]
 
   def poisoned(run, batches):
     values = original(run, batches)
     return values | ({left.pop(): math.nan} if run.step == 3 and left else {})
 
-  monkeypatch.setattr(train.Run, "train_one", poisoned)
+  monkeypatch.setattr(Run, "train_one", poisoned)
   assert main.main(tiny(tmp_path)) == 3
   assert "Step 3 is not finite: loss = nan" in capsys.readouterr().err
   assert tiny_runs.newest(tmp_path, program).step == 2

@@ -264,16 +264,16 @@ class CrashError(Exception):
 
 def disturb(monkeypatch, method, step, action):
   """Does `action(run)` once, before a method is called at a step."""
-  from rspo_jax import train
+  from rspo_jax.runs import Run
 
-  original, left = getattr(train.Run, method), [action]
+  original, left = getattr(Run, method), [action]
 
   def wrapped(run, *args):
     if run.step == step and left:
       left.pop()(run)
     return original(run, *args)
 
-  monkeypatch.setattr(train.Run, method, wrapped)
+  monkeypatch.setattr(Run, method, wrapped)
 
 
 def noted(monkeypatch, **methods):
