@@ -27,8 +27,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rspo_jax import config_checks, run_config
 from rspo_jax import options as options_lib
-from rspo_jax import settings as settings_lib
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 130
 PROMPT_CHARACTERS = 4000  # longest prompt that is read
@@ -103,7 +103,7 @@ class Session:
     import rspo_jax
     from rspo_jax import traces
 
-    folder = settings_lib.resolve_model_path(path)
+    folder = config_checks.resolve_model_path(path)
     self.name = path
     self.task = task or task_of(path, folder)
     if not dtype:
@@ -339,10 +339,10 @@ class Session:
 
 def task_of(path: str, folder: str) -> str:
   """The task that a model was made for, "none" where nothing says so."""
-  if path.startswith(settings_lib.EMBEDDED):
-    return path.removeprefix(settings_lib.EMBEDDED)
+  if path.startswith(config_checks.EMBEDDED):
+    return path.removeprefix(config_checks.EMBEDDED)
   # DIR/model of a run: DIR/config.json names it.
-  config = pathlib.Path(folder).absolute().parent / settings_lib.CONFIG
+  config = pathlib.Path(folder).absolute().parent / run_config.CONFIG
   try:
     name = json.loads(config.read_text(encoding="utf-8"))["task"]["name"]
   except (OSError, ValueError, KeyError, TypeError):
@@ -527,7 +527,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
   try:
     options = parse(argv)
-    settings_lib.resolve_model_path(options.model)
+    config_checks.resolve_model_path(options.model)
     print(f"demo: loading {options.model}", flush=True)
     session = Session(options.model, options.task, options.dtype)
     wishes = {

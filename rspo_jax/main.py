@@ -5,7 +5,7 @@
 1. The command line is read and checked against the config's keys and types,
    without JAX, so that a mistake is told at once.
 2. The first line names the folder of the run; whatever can be refused without
-   JAX is refused (`settings.check_values`, `settings.check_workdir`).
+   JAX is refused (`config_checks.check_values`, `run_config.check_workdir`).
 3. `train.main` does the rest.
 
 Exit status: 0 done, 2 the caller's mistake, 3 a fault of the run, 75
@@ -22,7 +22,7 @@ import traceback
 
 import ml_collections
 
-from rspo_jax import settings
+from rspo_jax import config_checks, run_config
 
 MISTAKE, INTERRUPTED = 2, 75
 MODES = ("train", "eval")
@@ -74,7 +74,7 @@ def parse(argv: list[str]):
   config = load_config(options["config"])
   for name in unknown:
     known = [*options, "help"]
-    known += [f"config.{key}" for key in settings.flat(config.to_dict())]
+    known += [f"config.{key}" for key in run_config.flat(config.to_dict())]
     raise ValueError(f"--{name} is not an option{_nearest(name, known)}")
   for key, text in overrides.items():
     override(config, key, text)
@@ -116,8 +116,8 @@ def load_config(text: str) -> ml_collections.ConfigDict:
       f"--config={path}: get_config must return what configs.base.get_config "
       "returns, with changed values."
     )
-  keys = settings.flat(config.to_dict())
-  for key, value in settings.flat(base.get_config().to_dict()).items():
+  keys = run_config.flat(config.to_dict())
+  for key, value in run_config.flat(base.get_config().to_dict()).items():
     if key not in keys or type(keys[key]) is not type(value):
       raise ValueError(
         f"--config={path} must set {key} to a {type(value).__name__}; start "
@@ -155,7 +155,7 @@ def override(config, key: str, text: str) -> None:
   Raises:
     ValueError: the key does not exist, or the text is not of its type.
   """
-  values = settings.flat(config.to_dict())
+  values = run_config.flat(config.to_dict())
   if key.startswith(_OPEN_GROUP) and key not in values:
     values[key] = 0.0
   if key not in values:
@@ -225,13 +225,13 @@ def main(argv: list[str] | None = None) -> int:
   try:
     config, name, workdir, mode = parse(argv)
     if not workdir:
-      digest = settings.config_hash(config.to_dict())
+      digest = run_config.config_hash(config.to_dict())
       workdir = os.path.join("runs", f"{name}-{digest}")
     # In eval mode standard output is for the one line of the result.
     stream = sys.stderr if mode == "eval" else sys.stdout
     print(f"{mode}: {name} in {workdir}", file=stream, flush=True)
-    settings.check_values(config)
-    settings.check_workdir(workdir, config.to_dict(), mode)
+    config_checks.check_values(config)
+    run_config.check_workdir(workdir, config.to_dict(), mode)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)
     return MISTAKE

@@ -36,9 +36,8 @@ from typing import Any
 
 import numpy as np
 
-from rspo_jax import metrics
+from rspo_jax import metrics, run_config
 from rspo_jax import options as options_lib
-from rspo_jax import settings as settings_lib
 
 DONE, MISTAKE, FAULT = 0, 2, 3
 REPLICATES = 2000
@@ -56,7 +55,7 @@ _TEXT_LIMIT = 800  # characters of a prompt or completion
 _CHILD_DEPTH = 3
 _SKIPPED_FOLDERS = ("checkpoints", "model", "samples", "tensorboard", "eval")
 # Keys by which runs of one group may differ.
-_FREE_KEYS = {"run.seed", *settings_lib.FREE_KEYS}
+_FREE_KEYS = {"run.seed", *run_config.FREE_KEYS}
 # Keys that have to agree for two groups to be paired by prompt.
 _PAIRING_KEYS = ("task.", "data.", "eval.")
 
@@ -236,7 +235,7 @@ def read_run(folder: pathlib.Path) -> Run:
       entry = str(row.get("entry", ""))
   return Run(
     folder=folder,
-    config=settings_lib.flat(config),
+    config=run_config.flat(config),
     rows=[rows[step] for step in sorted(rows)],
     summary=_json_object(folder / "summary.json"),
     entry=entry,
@@ -842,7 +841,7 @@ def _shared_environment(runs: Sequence[Run]) -> dict[str, list[str]]:
   """The values of each key of environment.json over the runs."""
   out: dict[str, list[str]] = {}
   for run in runs:
-    for key, value in settings_lib.flat(run.environment).items():
+    for key, value in run_config.flat(run.environment).items():
       text = value if isinstance(value, str) else json.dumps(value)
       found = out.setdefault(key, [])
       if text not in found:

@@ -36,7 +36,7 @@ from typing import Any, TextIO
 
 from rspo_jax import main as command_line
 from rspo_jax import options as options_lib
-from rspo_jax import settings as settings_lib
+from rspo_jax import run_config
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 LAUNCHERS = ("local", "slurm", "xpk")
@@ -224,7 +224,7 @@ def plan(
     except ValueError as error:
       raise ValueError(f"entry {entry.name!r}: {error}") from error
     resolved["run"]["seed"] = -1
-    same = entry_by_config.setdefault(settings_lib.config_hash(resolved), entry)
+    same = entry_by_config.setdefault(run_config.config_hash(resolved), entry)
     if same is not entry and set(entry.seeds) <= set(same.seeds):
       notes.append(
         f"{entry.name} has the config of {same.name}, whose runs serve both."
@@ -264,7 +264,7 @@ def _check_folder(job: Job) -> None:
       f"{path} cannot be read ({error}); remove {job.workdir} to start that "
       "run anew, or choose another --out."
     ) from error
-  settings_lib.check_same_run(before, job.config, str(job.workdir))
+  run_config.check_same_run(before, job.config, str(job.workdir))
 
 
 def select(jobs: Sequence[Job], text: str) -> list[Job]:
@@ -338,7 +338,7 @@ def _xpk(job: Job, launcher_args: str) -> str:
     name = "run-" + name
   if len(name) > _XPK_NAME_LIMIT:
     # The seed at the end tells runs apart: cut in front of it.
-    tail = f"-{settings_lib.config_hash(job.config)}-seed{job.seed}"
+    tail = f"-{run_config.config_hash(job.config)}-seed{job.seed}"
     name = name[: _XPK_NAME_LIMIT - len(tail)].strip("-") + tail
   inner = "python3 " + shlex.join(_placed(job)[1:])
   head = [

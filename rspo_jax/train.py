@@ -24,6 +24,7 @@ from rspo_jax import (
   processes,
   profiler,
   room,
+  run_config,
   scores,
   summary,
   workers,
@@ -62,7 +63,7 @@ def main(config, workdir: str, mode: str) -> int:
   try:
     processes.initialise()
     settings = settings_lib.build(config, jax.device_count())
-    settings_lib.check_workdir(workdir, resolved, mode)
+    run_config.check_workdir(workdir, resolved, mode)
     home = mirror.Home(workdir)
     if mode == "train" and workdir_lib.is_finished(
       home.address, settings.run.steps
@@ -406,7 +407,7 @@ def _load_evaluated(run: Run) -> str:
   """
   folder = run.home.address / "checkpoints"
   path = run.settings.model["path"]
-  before = settings_lib.read_config(run.home.address)
+  before = run_config.read_config(run.home.address)
   if before is not None and before["model"].get("path") == path:
     with Checkpointer(folder) as checkpointer:
       try:

@@ -10,8 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rspo_jax import environment, sharding, trackers
-from rspo_jax import settings as settings_lib
+from rspo_jax import environment, run_config, sharding, trackers
 from rspo_jax.runs import Run
 
 SUMMARY = "summary.json"
@@ -55,8 +54,8 @@ def prepare(run: Run) -> None:
   if run.main_process:
     brought = run.home.pull()
     run.workdir.mkdir(parents=True, exist_ok=True)
-    if settings_lib.read_config(run.workdir) is None:
-      write_json(run.workdir / settings_lib.CONFIG, run.config)
+    if run_config.read_config(run.workdir) is None:
+      write_json(run.workdir / run_config.CONFIG, run.config)
     if run.home.in_bucket:
       run.writer.say(
         f"Local copies in {run.workdir}; {brought} files came from the bucket."
@@ -77,7 +76,7 @@ def _check_shared(run: Run) -> None:
     return
   # The first process has written by the time that all are here.
   sharding.gather_rows(np.zeros(1))
-  path = run.workdir / settings_lib.CONFIG
+  path = run.workdir / run_config.CONFIG
   end = time.monotonic() + SHARED_FOLDER_S
   while not (seen := path.exists()) and time.monotonic() < end:
     time.sleep(0.2)  # network disks show what others wrote after a while
@@ -100,8 +99,8 @@ def _open_trackers(run: Run) -> None:
     return
   config = {
     key: value
-    for key, value in settings_lib.flat(run.config).items()
-    if key not in settings_lib.FREE_KEYS
+    for key, value in run_config.flat(run.config).items()
+    if key not in run_config.FREE_KEYS
   }
   run.writer.attach(
     trackers.Trackers(wanted, run.workdir, config, run.writer.warn)
@@ -116,8 +115,8 @@ def take_config(run: Run) -> None:
   """
   if not run.main_process:
     return
-  before = settings_lib.read_config(run.workdir)
-  changed = settings_lib.changed_keys(before, run.config)
+  before = run_config.read_config(run.workdir)
+  changed = run_config.changed_keys(before, run.config)
   if changed:
     run.writer.warn(
       f"From step {run.step} on the run has another config: "
@@ -125,6 +124,6 @@ def take_config(run: Run) -> None:
     )
     write_json(run.workdir / f"config-until-{run.step:06d}.json", before)
   if before != run.config:
-    write_json(run.workdir / settings_lib.CONFIG, run.config)
+    write_json(run.workdir / run_config.CONFIG, run.config)
   write_json(run.workdir / ENVIRONMENT, environment.describe())
   _open_trackers(run)

@@ -10,7 +10,7 @@ import pytest
 
 import rspo_jax
 from configs import base
-from rspo_jax import main, settings
+from rspo_jax import config_checks, main, run_config, settings
 from rspo_jax.models import lora
 from rspo_jax.tasks import TASKS
 
@@ -90,9 +90,9 @@ def derived(name, one, other):
 @pytest.mark.parametrize("name", FILES)
 def test_arguments_combine_and_the_last_one_wins(name):
   for one, other in itertools.permutations(switches(name), 2):
-    both = settings.flat(load(name, f"{one},{other}").to_dict())
-    last = settings.flat(load(name, other).to_dict())
-    plain = settings.flat(load(name).to_dict())
+    both = run_config.flat(load(name, f"{one},{other}").to_dict())
+    last = run_config.flat(load(name, other).to_dict())
+    plain = run_config.flat(load(name).to_dict())
     for key in last.keys() - derived(name, one, other):
       value = last[key]
       if value != plain[key]:
@@ -141,14 +141,14 @@ def test_every_key_is_read():
       elif isinstance(node, ast.arg):
         # mesh and new model: groups that are passed as keywords.
         read.add(node.arg)
-  for key in settings.flat(base.get_config().to_dict()):
+  for key in run_config.flat(base.get_config().to_dict()):
     assert key.rpartition(".")[2] in read, f"{key} is read nowhere"
 
 
 def test_no_key_is_read_that_does_not_exist():
   config = base.get_config()
   groups = set(config.to_dict())
-  known = set(settings.flat(config.to_dict())) | {"task.reward_weights"}
+  known = set(run_config.flat(config.to_dict())) | {"task.reward_weights"}
   known |= {"model.new"}
   for path, tree in sources():
     for node in ast.walk(tree):
@@ -161,14 +161,14 @@ def test_no_key_is_read_that_does_not_exist():
 
 
 def test_tables_of_checks_name_existing_keys():
-  known = settings.flat(base.get_config().to_dict())
+  known = run_config.flat(base.get_config().to_dict())
   for table in (
-    settings._POSITIVE,
-    settings._NOT_NEGATIVE,
-    settings._RANGES,
-    settings._CHOICES,
-    settings._SEEDS,
-    settings.FREE_KEYS,
+    config_checks._POSITIVE,
+    config_checks._NOT_NEGATIVE,
+    config_checks._RANGES,
+    config_checks._CHOICES,
+    config_checks._SEEDS,
+    run_config.FREE_KEYS,
   ):
     assert set(table) <= known.keys()
 
@@ -185,8 +185,12 @@ def test_every_number_is_bounded():
     "mesh.fsdp",
     "mesh.tensor",
   }
-  checked = {*settings._POSITIVE, *settings._NOT_NEGATIVE, *settings._RANGES}
-  for key, value in settings.flat(base.get_config().to_dict()).items():
+  checked = {
+    *config_checks._POSITIVE,
+    *config_checks._NOT_NEGATIVE,
+    *config_checks._RANGES,
+  }
+  for key, value in run_config.flat(base.get_config().to_dict()).items():
     if type(value) in (int, float) and not key.startswith("model.new."):
       assert key in checked | elsewhere, key
 

@@ -11,7 +11,16 @@ import sys
 import pytest
 
 from configs import base
-from rspo_jax import demo, main, plan, report, settings, sweep, trackers
+from rspo_jax import (
+  config_checks,
+  demo,
+  main,
+  plan,
+  report,
+  run_config,
+  sweep,
+  trackers,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -48,14 +57,14 @@ def check_main(words):
   config, *_ = main.parse(["rspo_jax", *words])
   values = config.to_dict()
   if values["data"]["source"] or not values["model"]["path"].startswith(
-    settings.EMBEDDED
+    config_checks.EMBEDDED
   ):
     return  # files of the reader's
   with config.unlocked():
     if config.run.logger:  # an extra, which need not be installed here
       assert set(config.run.logger.split(",")) <= trackers.TRACKERS.keys()
       config.run.logger = ""
-  settings.check_values(config)
+  config_checks.check_values(config)
 
 
 def check(words, monkeypatch):
@@ -112,7 +121,7 @@ def test_every_command_is_understood(page, words, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_key_that_is_named_exists(page):
-  values = settings.flat(base.get_config().to_dict())
+  values = run_config.flat(base.get_config().to_dict())
   groups = {key.partition(".")[0] for key in values}
   text = page.read_text("utf-8")
   inline = re.findall(r"`([^`\n]+)`", text)
@@ -160,7 +169,7 @@ def test_the_page_of_configs_is_that_of_the_configs():
   assert page == module.PAGE.read_text("utf-8"), (
     "configs changed: run python docs/make_configs.py"
   )
-  for key in settings.flat(base.get_config().to_dict()):
+  for key in run_config.flat(base.get_config().to_dict()):
     assert page.count(f"| `{key}` |") == 1
 
 

@@ -15,7 +15,7 @@ import pytest
 import tiny_runs
 from hypothesis import strategies as st
 
-from rspo_jax import main, scores, settings, train
+from rspo_jax import main, run_config, scores, settings, train
 from rspo_jax.runs import Run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -545,7 +545,7 @@ def test_arguments_of_a_config_combine_and_overrides_come_after():
 def test_the_default_workdir_names_the_resolved_config(monkeypatch, capsys):
   given = []
   monkeypatch.setattr(train, "main", lambda *args: given.append(args) or 0)
-  monkeypatch.setattr(main.settings, "check_values", lambda config: None)
+  monkeypatch.setattr(main.config_checks, "check_values", lambda config: None)
   steps = main.parse(["x", f"--config={SUDOKU}"])[0].run.steps
   for words in (
     [],
@@ -737,7 +737,7 @@ TEXTS = st.one_of(
 @hypothesis.given(st.data())
 def test_any_override_is_taken_or_refused_in_words(tiny, data):
   config = main.load_config(SUDOKU)
-  keys = sorted(settings.flat(config.to_dict()))
+  keys = sorted(run_config.flat(config.to_dict()))
   config.model.path = str(tiny.checkpoint)
   for _ in range(data.draw(st.integers(1, 3))):
     key = data.draw(st.sampled_from(keys))
@@ -788,7 +788,7 @@ def test_any_config_json_in_a_folder_is_ours_or_refused(tmp_path, content):
   (tmp_path / "config.json").write_bytes(content)
   for mode in main.MODES:
     try:
-      settings.check_workdir(str(tmp_path), config, mode)
+      run_config.check_workdir(str(tmp_path), config, mode)
     except ValueError as error:
       assert str(tmp_path) in str(error)
     else:

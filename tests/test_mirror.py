@@ -11,7 +11,7 @@ import pytest
 import tiny_runs
 
 import rspo_jax
-from rspo_jax import main, mirror, settings
+from rspo_jax import main, mirror, run_config
 from rspo_jax.checkpoint import Checkpointer
 from rspo_jax.runs import Run
 
@@ -218,7 +218,7 @@ def test_probes_of_other_processes_come_and_go(
 
   for name in ("read", "list"):
     monkeypatch.setattr(bucket, name, counted(getattr(bucket, name)))
-  settings.check_workdir("gs://bucket/runs/new", config, "train")
+  run_config.check_workdir("gs://bucket/runs/new", config, "train")
   assert not left and probe not in bucket.objects
   assert not bucket.files("bucket/runs/new")
 
@@ -228,7 +228,7 @@ def test_an_object_is_no_folder(bucket, tiny, tmp_path, monkeypatch):
   home_of("gs://bucket/runs/file", tmp_path / "one", monkeypatch)
   bucket.insert("bucket/runs/file", {}, b"text")
   with pytest.raises(ValueError, match="is a file; name a folder"):
-    settings.check_workdir("gs://bucket/runs/file", config, "train")
+    run_config.check_workdir("gs://bucket/runs/file", config, "train")
 
 
 def test_a_bucket_that_cannot_be_written_is_refused_before_anything(

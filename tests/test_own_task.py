@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from rspo_jax import data, main, rollout, tasks, workers
+from rspo_jax import data, main, rollout, run_config, tasks, workers
 from rspo_jax.tasks import base, own
 from rspo_jax.workers import Outcome
 
@@ -260,12 +260,11 @@ def test_configs_of_real_models_say_what_they_need(name, tmp_path, shared):
 
 
 def test_a_run_begun_before_a_key_existed_goes_on():
-  from rspo_jax import settings
 
   config, *_ = main.parse(["", f"--config={ROOT}/configs/countdown.py"])
   new = config.to_dict()
   old = {group: keys for group, keys in new.items() if group != "reward"}
-  settings.check_same_run(old, new, "DIR")
+  run_config.check_same_run(old, new, "DIR")
   new["reward"] = new["reward"] | {"extra": "sums:score"}
   with pytest.raises(ValueError, match=r"reward\.extra='sums:score'"):
-    settings.check_same_run(old, new, "DIR")
+    run_config.check_same_run(old, new, "DIR")

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from configs import sudoku
-from rspo_jax import data, settings
+from rspo_jax import config_checks, data
 from rspo_jax.datasets import published
 from rspo_jax.tasks import TASKS, base
 
@@ -40,7 +40,7 @@ def test_other_sources_are_paths():
 def test_settings_take_a_published_file_and_name_one_that_is_missing(shared):
   config = sudoku.get_config()
   config.data.source = f"spg_sudoku:{shared / 'data'}"
-  settings.check_values(config)
+  config_checks.check_values(config)
   config.data.source = "spg_sudoku:nowhere"
   with pytest.raises(ValueError, match=r"test_sudoku_split_new\.csv of SPG"):
-    settings.check_values(config)
+    config_checks.check_values(config)

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from configs import base, countdown, sft_countdown, sudoku
-from rspo_jax import settings
+from rspo_jax import config_checks, run_config, settings
 
 
 @pytest.fixture
@@ -112,16 +112,16 @@ def test_rollouts_that_cannot_be_are_refused_without_jax(
   for key, value in keys.items():
     config.sampler[key] = value
   with pytest.raises(ValueError, match=message):
-    settings.check_values(config)
+    config_checks.check_values(config)
 
 
 def test_what_was_not_sampled_is_not_scored(config):
   config.sampler.stop_at_eos = True
   config.likelihood.scope = "canvas"
   with pytest.raises(ValueError, match=r"stop_at_eos=True.*scope='completion'"):
-    settings.check_values(config)
+    config_checks.check_values(config)
   config.likelihood.scope = "completion"
-  settings.check_values(config)
+  config_checks.check_values(config)
 
 
 def test_a_batch_must_be_divisible_by_the_devices_that_share_it(config):
@@ -198,10 +198,10 @@ def test_supervised_settings_know_that_they_are(config):
 
 
 def test_embedded_checkpoints_resolve_to_the_package(tmp_path):
-  for name in settings.embedded_names():
-    folder = settings.resolve_model_path(f"embedded:{name}")
+  for name in config_checks.embedded_names():
+    folder = config_checks.resolve_model_path(f"embedded:{name}")
     assert folder.endswith(f"rspo_jax/checkpoints/{name}")
-  assert settings.resolve_model_path("gs://bucket/x") == "gs://bucket/x"
+  assert config_checks.resolve_model_path("gs://bucket/x") == "gs://bucket/x"
 
 
 # One run and another.
@@ -218,25 +218,25 @@ def as_dict(**changes):
 
 def test_flat_names_every_leaf_once():
   nested = {"a": 1, "b": {"c": 2, "d": {"e": 3}}, "f": {}}
-  assert settings.flat(nested) == {"a": 1, "b.c": 2, "b.d.e": 3}
+  assert run_config.flat(nested) == {"a": 1, "b.c": 2, "b.d.e": 3}
 
 
 def test_the_hash_tells_configs_apart_and_nothing_else():
-  one = settings.config_hash(as_dict())
-  assert one == settings.config_hash(dict(reversed(list(as_dict().items()))))
-  assert one != settings.config_hash(as_dict(run__seed=1))
+  one = run_config.config_hash(as_dict())
+  assert one == run_config.config_hash(dict(reversed(list(as_dict().items()))))
+  assert one != run_config.config_hash(as_dict(run__seed=1))
   assert len(one) == 8 and int(one, 16) >= 0
   # What is written is what was hashed.
-  assert one == settings.config_hash(json.loads(json.dumps(as_dict())))
+  assert one == run_config.config_hash(json.loads(json.dumps(as_dict())))
 
 
 def test_the_same_config_is_the_same_run():
-  settings.check_same_run(as_dict(), as_dict(), "DIR")
+  run_config.check_same_run(as_dict(), as_dict(), "DIR")
 
 
 def test_keys_that_change_a_run_are_named():
   with pytest.raises(ValueError) as error:
-    settings.check_same_run(
+    run_config.check_same_run(
       as_dict(), as_dict(run__seed=3, optimizer__b1=0.5), "DIR"
     )
   assert "run.seed=3 (was 0)" in str(error.value)
@@ -244,20 +244,20 @@ def test_keys_that_change_a_run_are_named():
   assert "DIR" in str(error.value)
 
 
-@pytest.mark.parametrize("key", settings.FREE_KEYS)
+@pytest.mark.parametrize("key", run_config.FREE_KEYS)
 def test_keys_that_do_not_change_a_run_exist_and_may_change(key):
   config = as_dict()
   group, _, name = key.partition(".")
   value = config[group][name]
   changed = {bool: True, int: 5, float: 5.0, str: "x"}[type(value)]
-  settings.check_same_run(
+  run_config.check_same_run(
     config, as_dict(**{key.replace(".", "__"): changed}), "DIR"
   )
 
 
 def test_a_long_list_of_changes_is_cut():
-  flat = settings.flat(base.get_config().to_dict())
+  flat = run_config.flat(base.get_config().to_dict())
   groups = {key.split(".")[0] for key in flat}
   other = {group: {} for group in groups}
   with pytest.raises(ValueError, match=r" and \d+ more\. Use another"):
-    settings.check_same_run(as_dict(), other, "DIR")
+    run_config.check_same_run(as_dict(), other, "DIR")

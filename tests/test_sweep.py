@@ -19,7 +19,7 @@ import time
 import pytest
 
 from rspo_jax import main as command_line
-from rspo_jax import settings, sweep
+from rspo_jax import run_config, sweep
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -340,13 +340,13 @@ def test_the_ablation_of_a_task_resolves(task, monkeypatch):
   monkeypatch.syspath_prepend(str(ROOT))
   jobs, _ = sweep.plan(f"configs/{task}.py", pathlib.Path("runs/none"))
   entries = {job.entry: job.config for job in jobs}
-  base = settings.flat(entries["rspo"])
+  base = run_config.flat(entries["rspo"])
   base.pop("run.seed")
   assert entries["lambda_0"]["objective"]["lambda_"] == 0
   lambdas = {config["objective"]["lambda_"] for config in entries.values()}
   assert max(lambdas) / min(lambdas - {0}) >= 1e4
   for name, config in entries.items():
-    other = settings.flat(config)
+    other = run_config.flat(config)
     changed = {key for key, value in base.items() if other[key] != value}
     assert changed or name == "rspo", f"{name} changes nothing"
   assert len({job.seed for job in jobs}) >= 3
