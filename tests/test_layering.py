@@ -86,6 +86,8 @@ LEVELS = {
   "rspo_jax.planner": 4,
   "rspo_jax.demo": 4,
   "rspo_jax.demo_web": 4,
+  "rspo_jax.report_runs": 4,
+  "rspo_jax.report_statistics": 4,
   "rspo_jax.report": 4,
   "rspo_jax.main": 5,
   "rspo_jax.sweep": 6,

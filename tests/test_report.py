@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from rspo_jax import report
+from rspo_jax import report, report_runs, report_statistics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPTS = 64
@@ -164,7 +164,9 @@ def call(capsys, *words):
 def test_the_interval_of_one_seed_is_that_of_a_proportion():
   rng = np.random.default_rng(3)
   table = rng.random((1, 900)) < 0.4
-  low, high = report.interval(report.Bootstrap(4000).means(table))
+  low, high = report_statistics.interval(
+    report_statistics.Bootstrap(4000).means(table)
+  )
   rate = table.mean()
   half = 1.96 * math.sqrt(rate * (1 - rate) / 900)
   # 4,000 replicates fix a quantile to about 3 % of the half width.
@@ -180,7 +182,7 @@ def test_the_bootstrap_draws_seeds_and_prompts_and_pairs_differences():
     rng.random((5, 80)) < np.clip(hard + seeds[:, None] + shift, 0, 1)
     for shift in (0.0, 0.1)
   )
-  bootstrap = report.Bootstrap(4000)
+  bootstrap = report_statistics.Bootstrap(4000)
   found = [bootstrap.means(table) for table in (first, second)]
   # By brute force, with other draws: pick rows, pick columns, take the mean.
   brute = [[], []]
@@ -194,7 +196,7 @@ def test_the_bootstrap_draws_seeds_and_prompts_and_pairs_differences():
     (found[1] - found[0], brute[1] - brute[0]),
   ):
     low, high = np.quantile(other, (0.025, 0.975))
-    assert report.interval(one) == pytest.approx(
+    assert report_statistics.interval(one) == pytest.approx(
       (low, high), abs=0.12 * (high - low) / 2
     )
     assert one.std() == pytest.approx(other.std(), rel=0.06)
@@ -206,10 +208,10 @@ def test_students_quantiles_are_those_of_scipy():
   stats = pytest.importorskip("scipy.stats")
   for n in range(2, 40):
     values = np.random.default_rng(n).normal(size=n)
-    low, high = report.t_interval(values)
+    low, high = report_statistics.t_interval(values)
     half = stats.t.ppf(0.975, n - 1) * stats.sem(values)
     assert (high - low) / 2 == pytest.approx(half, rel=0.012)
-  assert report.t_interval([0.5]) is None
+  assert report_statistics.t_interval([0.5]) is None
 
 
 def test_before_after_and_gain_are_means_of_the_verdicts(tmp_path):
@@ -335,8 +337,8 @@ def test_forwards_count_rollout_scores_and_three_per_mask_of_an_update(
 ):
   def forwards(**kwargs):
     folder = tmp_path / str(len(list(tmp_path.iterdir())))
-    run = report.read_run(write_run(folder, steps=5, **kwargs))
-    return report.with_compute(run)[-1]["x/forwards"]
+    run = report_runs.read_run(write_run(folder, steps=5, **kwargs))
+    return report_runs.with_compute(run)[-1]["x/forwards"]
 
   # 32 sequences: 8 forwards of the sampler; K = 2 by the reference and, three
   # times, by the update; 5 steps.
@@ -356,7 +358,7 @@ def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
     "".join(json.dumps({"target": x, "estimate": y}) + "\n" for x, y in points)
     + '{"target": 1}\nnot json\n'
   )
-  found = report.scatter(report.read_run(folder))
+  found = report.scatter(report_runs.read_run(folder))
   assert [entry["step"] for entry in found] == [1, 20, 40]
   slope, intercept = np.polyfit(*points.T, 1)
   assert found[-1]["slope"] == pytest.approx(slope, rel=1e-4)
@@ -369,7 +371,7 @@ def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
 
 
 def test_time_is_split_without_the_step_that_compiles(tmp_path):
-  run = report.read_run(write_run(tmp_path / "run"))
+  run = report_runs.read_run(write_run(tmp_path / "run"))
   assert report.phases(run) == {
     "rollout": 0.5,
     "reward": 0.01,
@@ -387,7 +389,7 @@ def test_pairs_show_changed_verdicts_first_and_cut_long_texts(tmp_path):
   for row in rows:
     row["completion"] += "x" * 5000
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  found = report.pairs(report.read_run(folder), 5)["greedy"]
+  found = report.pairs(report_runs.read_run(folder), 5)["greedy"]
   assert len(found) == 5
   assert (found[0]["before"]["correct"], found[0]["after"]["correct"]) == (
     False,
