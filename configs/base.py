@@ -215,8 +215,12 @@ def get_config() -> ml_collections.ConfigDict:
   return config
 
 
+# Switches that say what is trained: they set the stage for all others.
+FIRST = ("llada_8b", "dream_7b", "full")
+
+
 def apply(config, arg: str, switches) -> ml_collections.ConfigDict:
-  """Applies `:a,b` arguments of a config file, in order.
+  """Applies `:a,b` arguments of a config file: models first, the rest in order.
 
   Args:
     config: the task's config.
@@ -228,7 +232,8 @@ def apply(config, arg: str, switches) -> ml_collections.ConfigDict:
   """
   import difflib
 
-  for name in filter(None, (part.strip() for part in arg.split(","))):
+  names = [part.strip() for part in arg.split(",") if part.strip()]
+  for name in names:
     if name not in switches:
       near = difflib.get_close_matches(name, switches, 1)
       hint = f" did you mean {near[0]!r}?" if near else ""
@@ -236,5 +241,7 @@ def apply(config, arg: str, switches) -> ml_collections.ConfigDict:
         f"config argument {name!r} is not known:{hint} choose from "
         f"{', '.join(switches)}."
       )
+  # Two models: the later one, as ever.
+  for name in sorted(names, key=lambda n: (n not in FIRST, n == "full")):
     switches[name](config)
   return config

@@ -21,7 +21,7 @@ def get_config(arg: str = ""):
   config.task.name = "math500"
   config.sampler.steps = 256
   config.rollout.group_size = 16
-  config.eval.prompts = 0  # all 500 of the test split
+  config.eval.prompts = 0  # all of the split: of test, 500
   gsm8k.SWITCHES["calibrated"](config)
   return base.apply(config, arg, gsm8k.SWITCHES)
 

@@ -18,6 +18,7 @@ from configs import base
 
 def _mixed(config):
   """Continues a parent on mixed-quality demonstrations, for a short while."""
+  config.model.path = "PARENT/model"  # refused until the caller names one
   config.data.corrupt_share = 0.65
   config.optimizer.learning_rate = 3e-4
   config.optimizer.warmup_steps = 20

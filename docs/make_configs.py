@@ -80,7 +80,7 @@ def page() -> str:
     "",
     "## Files",
     "",
-    "`--config=configs/FILE.py:ARG,ARG` picks arguments; the last one wins.",
+    "`--config=configs/FILE.py:ARG,ARG` picks arguments: models first, in whatever order they stand; of the others the last one wins.",
     "",
     "| file | what | arguments |",
     "|---|---|---|",

@@ -68,14 +68,26 @@ parse_options() {
   done
 }
 
-# run_argument NAME: the value of --NAME=VALUE behind --, "" without.
+# run_argument NAME: the value of --NAME=VALUE or --NAME VALUE behind --, ""
+# without.
 run_argument() {
-  local word
+  local word before=""
   for word in ${run_args[@]+"${run_args[@]}"}; do
     if [[ $word == "--$1="* ]]; then
       echo "${word#*=}"
+    elif [[ $before == "--$1" ]]; then
+      echo "$word"
     fi
+    before=$word
   done | tail -n 1
+}
+
+# default_out: runs/ and the last folder of --workdir.
+default_out() {
+  local address
+  address=$(run_argument workdir)
+  address=${address%/}
+  echo "runs/${address##*/}"
 }
 
 # Refuses a run that its machines would take with them.

@@ -17,7 +17,7 @@
 #   --project=PROJECT       default: gcloud's own
 #   --queued                wait in the queue (queued resources)
 #   --spot                  cheaper, and may be taken away at any time
-#   --out=FOLDER            where results go (default: runs/NAME)
+#   --out=FOLDER            where results go (default: runs/ and the last folder of --workdir)
 #   --restarts=100          at most so many
 #   --poll_s=30             seconds between looks at the run
 #   --dry_run               print what would run
@@ -48,7 +48,7 @@ parse_options "name zone type version project out restarts poll_s" \
 [[ -n $zone ]] || die "--zone is missing; where your quota is, such as --zone=us-west4-a."
 [[ $restarts =~ ^[0-9]+$ ]] || die "--restarts=$restarts must be a whole number."
 [[ $poll_s =~ ^[0-9.]+$ ]] || die "--poll_s=$poll_s must be a number of seconds."
-out=${out:-runs/$name}
+out=${out:-$(default_out)}
 where=("--zone=$zone")
 [[ -z $project ]] || where+=("--project=$project")
 if [[ -z $version ]]; then

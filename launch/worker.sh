@@ -21,11 +21,16 @@ running() {
 case ${1:-} in
   start)
     if running; then
-      echo "rspo_jax: running already"
-      exit 0
+      if [[ "$(printf '%q ' "${@:2}")" == "$(<"$job/arguments")" ]]; then
+        echo "rspo_jax: running already"
+        exit 0
+      fi
+      echo "error: another run is at work here: $(<"$job/arguments"); let it end or stop it." >&2
+      exit 2
     fi
     mkdir -p "$job"
     rm -f "$job/status" "$job/pid"
+    printf '%q ' "${@:2}" >"$job/arguments"
     # An own session: the end of the connection does not reach it.
     # shellcheck disable=SC2016  # the inner shell expands
     setsid nohup bash -c '

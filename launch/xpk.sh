@@ -13,7 +13,7 @@
 #   --spot                  on spot machines
 #   --restarts=100          at most so many
 #   --fetch                 copy the run without its checkpoints to --out
-#   --out=FOLDER            (default: runs/NAME)
+#   --out=FOLDER            (default: runs/ and the last folder of --workdir)
 #   --dry_run               print what would run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -31,7 +31,7 @@ parse_options "name cluster type slices zone project image restarts out" \
 [[ $name =~ ^[a-z]([-a-z0-9]{0,37}[a-z0-9])?$ ]] ||
   die "--name=$name must be at most 39 lower-case letters, digits and -."
 check_run
-out=${out:-runs/$name}
+out=${out:-$(default_out)}
 if $fetch; then
   fetch_bucket "$out"
   exit 0

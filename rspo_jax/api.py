@@ -170,7 +170,9 @@ def generate(
   if mask is not None:
     token_mask[:, : prompts.shape[1]] = mask
   sampler.check_call(settings, canvas.shape, ids[1], ids[2])
-  noise = _checked_noise(noise, canvas.shape, config.vocab_size)
+  # An adaptive sampler ends when it is done: nobody knows its forwards before.
+  forwards = 1 if settings.adaptive else settings.steps
+  noise = _checked_noise(noise, canvas.shape, config.vocab_size, forwards)
   if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
     raise ValueError(f"seed={seed!r} must be a whole number below 2**32.")
   out = _generate(
@@ -243,7 +245,7 @@ def _whole_canvas(prompts, canvas, gen_length, mask_id, vocab_size):
   return np.concatenate([prompts, canvas], axis=1)
 
 
-def _checked_noise(noise, shape, vocab_size) -> sampler.Noise | None:
+def _checked_noise(noise, shape, vocab_size, forwards) -> sampler.Noise | None:
   """Recorded uniforms under their names, with their shapes checked."""
   if noise is None or isinstance(noise, sampler.Noise):
     return noise
@@ -266,6 +268,11 @@ def _checked_noise(noise, shape, vocab_size) -> sampler.Noise | None:
       raise ValueError(
         f"noise for {name} has shape {np.shape(array)}; give [T, "
         f"{', '.join(map(str, wanted[name]))}], one entry a forward."
+      )
+    if len(array) < forwards:
+      raise ValueError(
+        f"noise for {name} has {len(array)} entries; the sampler does "
+        f"{forwards} forwards and takes one for each."
       )
   return sampler.Noise(
     **{name: np.asarray(array, np.float32) for name, array in noise.items()}
@@ -292,7 +299,13 @@ def verify(task: str, example, completion: str, protocol: str = "strict"):
 
   if task not in TASKS:
     raise ValueError(f"task={task!r} must be one of {sorted(TASKS)}.")
-  return TASKS[task].verify(example, completion, protocol=protocol)
+  try:
+    return TASKS[task].verify(example, completion, protocol=protocol)
+  except KeyError as error:
+    raise ValueError(
+      f"the example {example!r} has no field {error}, which task={task!r} "
+      "needs."
+    ) from error
 
 
 def precision(config):

@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 
-from rspo_jax import run_config, sampler_settings
+from rspo_jax import mirror, run_config, sampler_settings
 
 EMBEDDED = "embedded:"
 # Whole numbers from 1 on.
@@ -162,6 +162,24 @@ def check_values(config) -> None:
   _check_model(config)
 
 
+def check_reachable(config) -> None:
+  """Asks a bucket for the checkpoint that model.path names, within a moment.
+
+  Raises:
+    ValueError: it is not there, or cannot be asked for.
+  """
+  path = config.model.path
+  if not path.startswith(mirror.BUCKET):
+    return
+  folder = mirror.bucket_path(path)
+  what = f"model.path={path}"
+  if not mirror.answer(what, lambda: (folder / "config.json").exists()):
+    raise ValueError(
+      f"{what} holds no config.json; give a checkpoint folder in the Hugging "
+      "Face layout (of a run: gs://BUCKET/RUN/model)."
+    )
+
+
 def _check_model(config) -> None:
   """The checkpoint's folder, or the shape of a new model."""
   if config.model.path:
@@ -286,6 +304,7 @@ def resolve_model_path(path: str) -> str:
     return str(pathlib.Path(__file__).parent / "checkpoints" / name)
   if not path or "://" in path:
     return path
+  path = os.path.expanduser(path)
   if not os.path.isdir(path):
     raise ValueError(
       f"model.path={path!r} is not a folder; give one with config.json, "

@@ -465,6 +465,12 @@ def run(argv: list[str]) -> int:
         "objective.name='sft' has no reference to be relative to; diagnose a "
         "config of reinforcement learning."
       )
+    if config.lora.rank or config.lora.path:
+      raise ValueError(
+        f"lora.rank={config.lora.rank}, lora.path={config.lora.path!r}: whole "
+        "models are diagnosed; use --config.lora.rank=0 --config.lora.path= "
+        "and a run's merged model/ as --policy."
+      )
     wanted = settings.rollout.prompts * settings.rollout.group_size
     if options["sequences"] > wanted:
       raise ValueError(
@@ -475,11 +481,6 @@ def run(argv: list[str]) -> int:
     out.mkdir(parents=True, exist_ok=True)
     folder = options["policy"] or _trained(words, out, options["steps"])
     program = program_lib.build(settings)
-    if program.lora is not None:
-      raise ValueError(
-        f"lora.rank={config.lora.rank}: whole models are diagnosed; use "
-        "--config.lora.rank=0 and a run's merged model/ as --policy."
-      )
     policy = hf_weights.load_model(
       folder,
       settings.model["param_dtype"],

@@ -231,6 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     stream = sys.stderr if mode == "eval" else sys.stdout
     print(f"{mode}: {name} in {workdir}", file=stream, flush=True)
     config_checks.check_values(config)
+    config_checks.check_reachable(config)
     run_config.check_workdir(workdir, config.to_dict(), mode)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -17,6 +17,7 @@ With a local folder both do nothing and nothing here imports a client.
 
 import concurrent.futures
 import contextlib
+import os
 import pathlib
 import queue
 import threading
@@ -56,7 +57,7 @@ class Home:
     self._pulled = False
     self.in_bucket = "://" in workdir
     if not self.in_bucket:
-      self.address = self.local = pathlib.Path(workdir)
+      self.address = self.local = pathlib.Path(os.path.expanduser(workdir))
       return
     names = workdir.removeprefix(BUCKET).strip("/").split("/")
     if not workdir.startswith(BUCKET) or len(names) < 2 or not all(names):
@@ -69,7 +70,7 @@ class Home:
         "write the folder out."
       )
     self.address = bucket_path(workdir.rstrip("/"))
-    self.local = LOCAL_COPIES.joinpath(*names)
+    self.local = local_copies(workdir)
 
   def pull(self) -> int:
     """Brings the run's files from the bucket; returns how many there were.
@@ -128,6 +129,13 @@ class Home:
 
   def _upload(self, name: str) -> None:
     (self.address / name).write_bytes((self.local / name).read_bytes())
+
+
+def local_copies(address: str) -> pathlib.Path:
+  """The folder on this machine for what lies at an address of a bucket."""
+  return LOCAL_COPIES.joinpath(
+    *address.removeprefix(BUCKET).strip("/").split("/")
+  )
 
 
 def bucket_path(address: str) -> Any:

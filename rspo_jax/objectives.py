@@ -344,7 +344,7 @@ def rspo(terms: Terms, settings: ObjectiveSettings):
     loss = -gap * centred
   else:
     loss = _leave_one_out(terms, relative, scale, settings)
-  metrics = _gap_metrics(terms, relative, d, in_unit, gap, settings)
+  metrics = _gap_metrics(terms, relative, centred, in_unit, gap, settings)
   return loss, metrics
 
 
@@ -381,9 +381,13 @@ def _leave_one_out(terms, relative, scale, settings):
   return -(gap * centred).mean(-1)
 
 
-def _gap_metrics(terms, relative, d, in_unit, gap, settings):
-  """Scalars that tell whether the gap is alive and calibrated."""
+def _gap_metrics(terms, relative, centred, in_unit, gap, settings):
+  """Scalars that tell whether the gap is alive and calibrated.
+
+  `centred` is in nats per token, `in_unit` the same in the unit of lambda.
+  """
   keep, advantage = terms.keep, terms.advantage
+  d = relative.mean(-1)
   spread = _std(in_unit, keep)
   advantage_std = _std(advantage, keep)
   covariance = _mean(
@@ -398,7 +402,7 @@ def _gap_metrics(terms, relative, d, in_unit, gap, settings):
     "score/policy_mean": _mean(terms.policy.mean(-1), keep),
     "score/relative_mean": _mean(d, keep),
     "score/relative_std": _std(d, keep),
-    "score/centred_std": spread,
+    "score/centred_std": _std(centred, keep),
     "gap/std": _std(gap, keep),
     # 0 where no advantage differs: there is nothing to have a share in.
     "gap/lambda_share": jnp.where(

@@ -427,7 +427,17 @@ def build(
       if row.get("status") == "failed":
         why = row.get("why") or "no reason is known"
         notes.append(f"{row.get('workdir')} of the sweep failed: {why}")
-  return group_runs(runs), notes
+  groups = group_runs(runs)
+  for group in groups:
+    seen: dict[int, Run] = {}
+    for run in group.runs:
+      first = seen.setdefault(run.seed, run)
+      if first is not run:
+        notes.append(
+          f"left out {run.folder}: the same config and seed as {first.folder}."
+        )
+    group.runs = list(seen.values())
+  return groups, notes
 
 
 # Command line.

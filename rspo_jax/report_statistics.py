@@ -9,6 +9,7 @@ bootstrap over S seeds sees (S - 1) / S of their variance: with few seeds it is
 a lower bound.
 """
 
+import collections
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -78,19 +79,18 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def verdict_table(runs: Sequence[Run], when: int, kind: str):
-  """Verdicts [S, n] before (0) or after (1); None where files are missing.
+  """Share right [S, n] before (0) or after (1); None where files are missing.
 
-  Rows are seeds, columns the prompts that all of them were evaluated on.
+  Rows are seeds, columns the prompts that all of them were evaluated on; of
+  several samples of a prompt the mean.
   """
-  by_run = [
-    {
-      row.get("index", place): bool(row.get("correct"))
-      for place, row in enumerate(
-        run.completions(run.before_and_after[when], kind)
-      )
-    }
-    for run in runs
-  ]
+  by_run = []
+  for run in runs:
+    found = collections.defaultdict(list)
+    rows = run.completions(run.before_and_after[when], kind)
+    for place, row in enumerate(rows):
+      found[row.get("index", place)].append(bool(row.get("correct")))
+    by_run.append({index: np.mean(right) for index, right in found.items()})
   if not by_run or not all(by_run):
     return None
   shared = sorted(set.intersection(*(set(found) for found in by_run)))

@@ -40,6 +40,9 @@ from rspo_jax import settings as settings_lib
 from rspo_jax.interrupt import Interrupt
 from rspo_jax.models import hf_adapters, hf_weights
 
+# Nats per token between policy and reference before anything was learnt.
+START_TOLERANCE = 1e-6
+
 
 class Interrupted(Exception):
   """A signal came amid an evaluation or a step, which is given up."""
@@ -613,6 +616,31 @@ class Run:
         "not scored alike."
       )
 
+  def check_first_update(self, values) -> None:
+    """The same inside the gradient's program: 1e-6 nats per token in float32.
+
+    With bfloat16 what is measured is the noise floor of d, which is said.
+    """
+    if self.step or "score/relative_std" not in values:
+      return
+    if not self.settings.objective.subtract_reference:
+      return  # what is called relative then is the policy's own
+    worst = max(
+      abs(values["score/relative_mean"]), values["score/relative_std"]
+    )
+    if self.program.model.config.compute_dtype != "float32":
+      self.writer.say(
+        f"Noise floor of d in {self.program.model.config.compute_dtype}: "
+        f"{worst:.1e} nats per token, measured where policy and reference are "
+        "one."
+      )
+    elif worst > START_TOLERANCE:
+      self.writer.warn(
+        f"Relative scores inside the first update are off by {worst:.2e} nats "
+        f"per token, more than {START_TOLERANCE:.0e}: the gradient's program "
+        "does not score as the reference's does."
+      )
+
   def update(self, batch, scores, index: int) -> dict[str, float]:
     """One of a step's updates; returns its metrics."""
     if index and self.two_passes(batch):
@@ -656,6 +684,7 @@ class Run:
         records.keep_calibration(self, batch, scores[0])
     with watch("time/update_s"):
       updates = [self.update(batch, one, i) for i, one in enumerate(scores)]
+    self.check_first_update(updates[0])
     self.step += 1
     self.ahead, self.following = self.following, None
     values = mean_of_updates(updates) | values

@@ -13,6 +13,7 @@ folders, as Markdown.
    scripts can read ours: its field names, without its prompts or verdicts.
 """
 
+import hashlib
 import json
 import pathlib
 import re
@@ -110,6 +111,27 @@ def difficulties(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
   ]
 
 
+def free_stem(stem: pathlib.Path, line: Mapping[str, Any]) -> pathlib.Path:
+  """Where an evaluation's files go: over the same one's, no other's.
+
+  Args:
+    stem: folder and beginning of the files' names.
+    line: what is evaluated and how, without the results.
+
+  Returns:
+    The stem, with eight more digits if another evaluation has it.
+  """
+  try:
+    there = json.loads(stem.with_name(f"{stem.name}.json").read_text("utf-8"))
+  except (OSError, ValueError):
+    return stem
+  if isinstance(there, dict) and line.items() <= there.items():
+    return stem
+  text = json.dumps(line, sort_keys=True)
+  digits = hashlib.sha256(text.encode()).hexdigest()[:8]
+  return stem.with_name(f"{stem.name}-{digits}")
+
+
 def read(folders: Iterable[str | pathlib.Path]) -> list[dict[str, Any]]:
   """Every evaluation in DIR/eval (or DIR itself) of some folders.
 
@@ -126,7 +148,7 @@ def read(folders: Iterable[str | pathlib.Path]) -> list[dict[str, Any]]:
   for folder in map(pathlib.Path, folders):
     inside = folder / "eval" if (folder / "eval").is_dir() else folder
     paths = sorted(inside.glob("*.json"))
-    if not paths:
+    if not paths or ((folder / "metrics.jsonl").is_file() and inside == folder):
       raise ValueError(
         f"{folder} holds no evaluation; write one with --mode=eval"
         f" --workdir={folder}."

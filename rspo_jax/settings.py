@@ -393,10 +393,10 @@ def _adapter(keys) -> dict[str, Any]:
   """The adapter that is trained, if any: settings, path, dual."""
   from rspo_jax.models import lora
 
-  here = keys.path and "://" not in keys.path
-  if here and not os.path.isfile(
-    os.path.join(keys.path, "adapter_config.json")
-  ):
+  path, here = keys.path, keys.path and "://" not in keys.path
+  if here:
+    path = os.path.expanduser(path)
+  if here and not os.path.isfile(os.path.join(path, "adapter_config.json")):
     raise ValueError(
       f"lora.path={keys.path!r} holds no adapter_config.json; give a "
       "folder in PEFT's layout (of a run: DIR/adapter), or leave it empty for "
@@ -410,7 +410,7 @@ def _adapter(keys) -> dict[str, Any]:
       targets=tuple(filter(None, keys.targets.split(","))),
       rslora=keys.rslora,
     )
-  return {"settings": settings, "path": keys.path, "dual": keys.dual}
+  return {"settings": settings, "path": path, "dual": keys.dual}
 
 
 def _listed(key: str, text: str, kind, what: str) -> list:

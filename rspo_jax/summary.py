@@ -68,7 +68,12 @@ def finish(run: Run) -> None:
     f"Steps took {total:.0f} s, {first_s:.0f} s of them in first calls, which "
     f"compile: {split}."
   )
-  if share is not None and share < NEGLIGIBLE_SHARE:
+  objective = settings.objective
+  if objective.name == "rspo" and not objective.lambda_:
+    writer.say(
+      "objective.lambda_=0: this run was advantage-weighted ELBO, without a gap."
+    )
+  elif share is not None and share < NEGLIGIBLE_SHARE:
     writer.say(
       f"gap/lambda_share was {share:.1e} on average: the gap was the advantage "
       "and this run advantage-weighted ELBO. A larger objective.lambda_ makes "
@@ -85,7 +90,10 @@ def finish(run: Run) -> None:
   writer.say(f"  python -m rspo_jax.report {folder} --out=report.html")
   if settings.run.export:
     writer.say(f"  python -m rspo_jax.demo --model={folder / 'model'}")
-  writer.say("  the same command with --mode=eval --config.eval.split=test")
+  writer.say(
+    f"  the same command with --workdir={run.home.address} --mode=eval "
+    "--config.eval.split=test"
+  )
 
 
 def lambda_share(run: Run) -> float | None:

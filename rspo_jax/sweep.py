@@ -31,12 +31,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 from rspo_jax import main as command_line
+from rspo_jax import mirror, run_config
 from rspo_jax import options as options_lib
-from rspo_jax import run_config
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 LAUNCHERS = ("local", "slurm", "xpk")
@@ -97,8 +97,13 @@ class Job:
 
   @property
   def finished(self) -> bool:
-    """Whether the run came to its end."""
-    return (self.workdir / "summary.json").exists()
+    """Whether the run came to the end that its config asks for."""
+    path = self.workdir / "summary.json"
+    try:
+      summary = json.loads(path.read_text(encoding="utf-8"))
+      return summary["steps"] >= self.config["run"]["steps"]
+    except (OSError, ValueError, KeyError, TypeError):
+      return False
 
   @property
   def begun(self) -> bool:
@@ -133,14 +138,22 @@ def load_entries(config: str) -> list[Entry]:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except (SyntaxError, ImportError, AttributeError, NameError) as error:
-    raise ValueError(f"--config={config} cannot be read: {error}") from error
+  except Exception as error:  # whatever a user's file does
+    raise ValueError(
+      f"--config={config} cannot be read: {type(error).__name__}: {error}"
+    ) from error
   if not hasattr(module, "sweep"):
     raise ValueError(
       f"--config={config} has no sweep(); add one that returns a list of "
       '{"name": ..., "overrides": {...}, "seeds": [...]}.'
     )
-  entries = [_entry(item, str(path)) for item in module.sweep()]
+  try:
+    items = list(module.sweep())
+  except Exception as error:
+    raise ValueError(
+      f"sweep() of {path} fails: {type(error).__name__}: {error}"
+    ) from error
+  entries = [_entry(item, str(path)) for item in items]
   if not entries:
     raise ValueError(f"sweep() of {path} is empty; list at least one entry.")
   names = collections.Counter(entry.name for entry in entries)
@@ -178,6 +191,16 @@ def _entry(item: Any, path: str) -> Entry:
       f"sweep() of {path} has an entry named {entry.name!r}; use letters, "
       "digits and . _ = -"
     )
+  if not isinstance(entry.overrides, Mapping):
+    raise ValueError(
+      f"entry {entry.name!r} of {path} has overrides={entry.overrides!r}; give "
+      'a dict such as {"objective.lambda_": 0.0}.'
+    )
+  if not isinstance(entry.seeds, Iterable):
+    raise ValueError(
+      f"entry {entry.name!r} of {path} has seeds={entry.seeds!r}; give a list, "
+      f"such as [{entry.seeds!r}]."
+    )
   seeds = list(entry.seeds)
   good = all(type(seed) is int and seed >= 0 for seed in seeds)
   if not seeds or not good or len(set(seeds)) < len(seeds):
@@ -193,7 +216,7 @@ def _entry(item: Any, path: str) -> Entry:
 
 
 def plan(
-  config: str, out: pathlib.Path, extra: Sequence[str] = ()
+  config: str, out: pathlib.Path, extra: Sequence[str] = (), bucket: str = ""
 ) -> tuple[list[Job], list[str]]:
   """Resolves every run of a sweep; starts nothing and writes nothing.
 
@@ -201,6 +224,7 @@ def plan(
     config: the --config of the sweep.
     out: folder of the sweep.
     extra: `--config.KEY=VALUE` arguments that every run gets.
+    bucket: address where the runs live, of which `out` has local copies.
 
   Returns:
     (jobs, notes): entries whose resolved config another entry has already are
@@ -242,7 +266,7 @@ def plan(
           arguments=(
             *options,
             f"--config.run.seed={seed}",
-            f"--workdir={out / name}",
+            f"--workdir={f'{bucket}/{name}' if bucket else out / name}",
           ),
           config=resolved | {"run": resolved["run"] | {"seed": seed}},
         )
@@ -264,7 +288,8 @@ def _check_folder(job: Job) -> None:
       f"{path} cannot be read ({error}); remove {job.workdir} to start that "
       "run anew, or choose another --out."
     ) from error
-  run_config.check_same_run(before, job.config, str(job.workdir))
+  if not job.config["run"]["accept_changes"]:
+    run_config.check_same_run(before, job.config, str(job.workdir))
 
 
 def select(jobs: Sequence[Job], text: str) -> list[Job]:
@@ -355,7 +380,10 @@ def _placed(job: Job) -> list[str]:
   """The command with an absolute workdir: jobs start elsewhere."""
   absolute = f"--workdir={job.workdir.absolute()}"
   return [
-    absolute if word.startswith("--workdir=") else word for word in job.command
+    absolute
+    if word.startswith("--workdir=") and mirror.BUCKET not in word
+    else word
+    for word in job.command
   ]
 
 
@@ -778,9 +806,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
   try:
     options, extra = parse(argv)
-    out = pathlib.Path(options.out)
+    out = pathlib.Path(os.path.expanduser(options.out))
+    bucket = ""
+    if options.out.startswith(mirror.BUCKET):
+      bucket = options.out.rstrip("/")
+      out = mirror.local_copies(bucket)
     _check_out(out)
-    every, notes = plan(options.config, out, extra)
+    every, notes = plan(options.config, out, extra, bucket)
     jobs = select(every, options.filter)
     if options.dry_run or options.launcher != "local":
       for note in notes:

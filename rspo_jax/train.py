@@ -94,8 +94,12 @@ def main(config, workdir: str, mode: str) -> int:
       then += "; nothing is lost, the same command goes on from here"
     writer.warn(f"{name}: {then}.")
 
-  with writer, Interrupt(notify, settings.run.grace_s) as interrupt:
-    status = _guarded(settings, home, writer, interrupt, resolved, mode)
+  with (
+    writer,
+    Interrupt(notify, settings.run.grace_s) as interrupt,
+    contextlib.ExitStack() as stack,
+  ):
+    status = _guarded(settings, home, writer, interrupt, stack, resolved, mode)
   if jax.process_index() == 0:
     # What came after the last save, or says why the run ended.
     try:
@@ -118,8 +122,11 @@ def _cache(setting: str) -> None:
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
 
-def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
-  """Prepares and runs; what goes wrong becomes an exit status."""
+def _guarded(settings, home, writer, interrupt, stack, resolved, mode) -> int:
+  """Prepares and runs; what goes wrong becomes an exit status.
+
+  What is held until the end goes on the stack.
+  """
   try:
     with writer.phase("preparing model and data"):
       if mode == "train":
@@ -130,6 +137,7 @@ def _guarded(settings, home, writer, interrupt, resolved, mode) -> int:
       else:
         room.check_disk(run.program, home.address)
         batches = open_batches(run)
+        stack.enter_context(workdir_lib.held(run))
         workdir_lib.prepare(run)
   except mirror.MirrorError as error:
     writer.fail(error)
@@ -436,11 +444,6 @@ def evaluate_only(run: Run, source: str) -> int:
     length = evaluation.greedy.completion_length
     parts = [settings.eval.split, str(length), evaluation.name]
     parts = [*filter(None, parts), f"step{run.step:06d}"]
-    stem = folder / "-".join(parts)
-    try:
-      values = run.evaluate(stem, evaluation)
-    except Interrupted:
-      return INTERRUPTED
     line = {
       "model": source,
       "split": settings.eval.split,
@@ -453,6 +456,11 @@ def evaluate_only(run: Run, source: str) -> int:
       "task": settings.task["name"],
       "protocol": settings.task["protocol"],
     }
+    stem = scores.free_stem(folder / "-".join(parts), line)
+    try:
+      values = run.evaluate(stem, evaluation)
+    except Interrupted:
+      return INTERRUPTED
     line |= values | {"by_difficulty": run.by_difficulty}
     if run.main_process:
       workdir_lib.write_json(folder / f"{stem.name}.json", line)

@@ -1,10 +1,13 @@
 """The folder of a run: who made it, who sees it, which config is in force."""
 
+import contextlib
+import fcntl
 import json
 import os
 import pathlib
 import tempfile
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,6 +50,36 @@ def is_finished(folder, steps: int) -> bool:
     raise ValueError(
       f"{path} cannot be read ({error}); delete it to have it written again."
     ) from error
+
+
+@contextlib.contextmanager
+def held(run: Run) -> Iterator[None]:
+  """Keeps other processes from training in the run's folder meanwhile.
+
+  The lock is the system's and goes with the process, however that ends. Disks
+  that know no locks do without.
+
+  Raises:
+    ValueError: another process has it.
+  """
+  if not run.main_process:
+    yield
+    return
+  run.workdir.mkdir(parents=True, exist_ok=True)
+  folder = os.open(run.workdir, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f"--workdir={run.workdir} is in use: another process trains there. "
+        "Wait for it, stop it, or choose another folder."
+      ) from error
+    except OSError:
+      pass
+    yield
+  finally:
+    os.close(folder)
 
 
 def prepare(run: Run) -> None:

@@ -232,6 +232,7 @@ def test_given_parts_of_a_canvas_are_kept(models):
     ({"noise": np.ones(3)}, r"noise has shape \(3,\)"),
     ({"noise": {"token": np.ones((1, 2))}}, "'token'"),
     ({"noise": np.ones((4, 2, 13, 5))}, r"\[T, 2, 13, 512\]"),
+    ({"noise": np.ones((2, 2, 13, 512))}, "2 entries.*4 forwards"),
     ({"confidence_eos_eot_inf": True}, "eot_id"),
     ({"temperature": -1.0}, "temperature=-1.0"),
     (
@@ -284,3 +285,5 @@ def test_verify_reaches_the_task_and_its_protocols():
     rspo_jax.verify("chess", example, "e4")
   with pytest.raises(ValueError, match="protocol"):
     rspo_jax.verify("countdown", example, "3", protocol="loose")
+  with pytest.raises(ValueError, match=r"has no field .* task='countdown'"):
+    rspo_jax.verify("countdown", {}, "3")

@@ -354,6 +354,15 @@ class TestFiles:
     (tmp_path / "a.csv").write_text("Puzzle\n0012\n")
     assert files.load_rows(tmp_path / "a.csv", dict) == [{"Puzzle": "0012"}]
 
+  def test_csv_cells_keep_their_lines(self, tmp_path):
+    path = tmp_path / "a.csv"
+    text = 'x,y\n"one\ntwo\u2028three\x0cfour",5\nsix\u2028seven,8\n'
+    path.write_text(text, encoding="utf-8")
+    assert files.load_rows(path, dict) == [
+      {"x": "one\ntwo\u2028three\x0cfour", "y": "5"},
+      {"x": "six\u2028seven", "y": "8"},
+    ]
+
   def test_train_and_validation_share_a_file_without_overlap(self, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text("".join(f'{{"x": {i}}}\n' for i in range(1000)))

@@ -67,6 +67,16 @@ def test_words_that_mean_nothing_are_refused(word, message):
     diagnose.parse(["diagnose", "--config=c", word])
 
 
+def test_an_adapter_is_refused_before_anything_is_trained(
+  tiny, tmp_path, capsys
+):
+  words = [w for w in tiny("unused") if not w.startswith("--workdir")]
+  words += [f"--out={tmp_path / 'out'}", "--config.lora.rank=4", "--steps=1"]
+  assert diagnose.run(words) == 2
+  assert "lora.rank=4" in capsys.readouterr().err
+  assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow  # compiles a dozen programs
 def test_the_command_writes_numbers_and_says_what_is_wrong(
   tiny, tmp_path, quick_runs, capsys, monkeypatch

@@ -729,6 +729,15 @@ def test_a_shard_that_shrinks_while_it_is_read_is_told(tmp_path):
 OPTIONAL = {"mlp_ratio", "attention_layer_norm_with_affine"}
 
 
+def test_the_folder_of_a_run_is_told_from_that_of_its_model():
+  from configs import base
+
+  with pytest.raises(
+    hf_weights.UnsupportedConfig, match="in the folder model/"
+  ):
+    families.from_hf(base.get_config().to_dict())
+
+
 @pytest.mark.parametrize("source", [LLADA, DREAM], ids=["llada", "dream"])
 def test_no_missing_key_is_filled_with_a_default(source):
   for key in source.keys() - OPTIONAL:

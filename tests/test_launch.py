@@ -121,7 +121,7 @@ def test_every_script_passes_shellcheck():
         "--workdir=gs://bucket/run",
         "bash launch/worker.sh status",
         "rsync --recursive",
-        "gs://bucket/run runs/one",
+        "gs://bucket/run runs/run",
       ],
     ),
     (
@@ -135,7 +135,7 @@ def test_every_script_passes_shellcheck():
     ),
     (["tpu.sh", "delete", *TPU[2:]], ["tpu-vm delete one", "--quiet"]),
     (["tpu.sh", "stop", *TPU[2:]], ["bash launch/worker.sh stop"]),
-    (["tpu.sh", "fetch", *TPU[2:]], ["gs://bucket/run runs/one"]),
+    (["tpu.sh", "fetch", *TPU[2:]], ["gs://bucket/run runs/run"]),
     (
       [*XPK, "--slices=2", "--spot"],
       [
@@ -146,7 +146,7 @@ def test_every_script_passes_shellcheck():
         "rspo_jax.main --config=configs/countdown.py:smoke",
       ],
     ),
-    ([*XPK, "--fetch"], ["gs://bucket/run runs/one"]),
+    ([*XPK, "--fetch"], ["gs://bucket/run runs/run"]),
   ],
 )
 def test_a_dry_run_prints_what_would_run_and_runs_nothing(
@@ -353,6 +353,10 @@ def test_a_host_keeps_its_run_and_says_how_it_stands(tmp_path):
   try:
     assert worker("status") == "rspo_jax: running"
     assert worker("start", "--config=a b") == "rspo_jax: running already"
+    with pytest.raises(subprocess.CalledProcessError) as other:
+      worker("start", "--config=other")
+    assert other.value.returncode == 2
+    assert "another run is at work here: --config=a\\ b" in other.value.stderr
   finally:
     worker("stop")
   assert ends_with(75)

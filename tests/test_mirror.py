@@ -223,6 +223,16 @@ def test_probes_of_other_processes_come_and_go(
   assert not bucket.files("bucket/runs/new")
 
 
+def test_a_checkpoint_that_is_not_in_its_bucket_is_refused_at_once(
+  bucket, tiny, tmp_path, capsys
+):
+  words = tiny(tmp_path / "run", model__path="gs://bucket/models/none")
+  assert main.main(words) == 2
+  error = capsys.readouterr().err
+  assert "model.path=gs://bucket/models/none holds no config.json" in error
+  assert not (tmp_path / "run").exists()
+
+
 def test_an_object_is_no_folder(bucket, tiny, tmp_path, monkeypatch):
   config = main.parse(tiny("gs://bucket/runs/file"))[0].to_dict()
   home_of("gs://bucket/runs/file", tmp_path / "one", monkeypatch)

@@ -758,16 +758,18 @@ def test_metrics_say_whether_the_gap_is_alive_and_calibrated(settings):
   scale = 1.0
   if settings.lambda_unit == "sequence":
     scale = np.asarray(terms.length)[kept]
-  x = scale * d
-  if settings.centring == "group":
-    x = x - np.repeat(x.reshape(-1, GROUP).mean(1), GROUP)
-  elif settings.centring == "batch":
-    x = x - x.mean()
+
+  def centred(x):
+    if settings.centring == "group":
+      return x - np.repeat(x.reshape(-1, GROUP).mean(1), GROUP)
+    return x - x.mean() if settings.centring == "batch" else x
+
+  x = centred(scale * d)
   wanted = {
     "score/policy_mean": np.asarray(terms.policy)[kept].mean(),
     "score/relative_mean": d.mean(),
     "score/relative_std": d.std(),
-    "score/centred_std": x.std(),
+    "score/centred_std": centred(d).std(),  # per token, whatever lambda's unit
     "score/mask_variance": relative.var(1, ddof=1).mean(),
     "gap/lambda": settings.lambda_,
     "gap/std": gap[kept].std(),

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -301,6 +302,27 @@ def test_the_page_names_the_runs_that_a_sweep_lost(tmp_path):
   assert payload_of(tmp_path)["notes"] == [
     "lost-seed0 of the sweep failed: exit status 3: the loss is not finite"
   ]
+
+
+def test_several_samples_of_a_prompt_count_with_their_mean(tmp_path):
+  folder = write_run(tmp_path / "run")
+  path = folder / "samples" / "eval-000040-sampled.jsonl"
+  rows = [json.loads(line) for line in path.open()]
+  more = [row | {"correct": not row["correct"]} for row in rows[:10]]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows + more))
+  (group,) = payload_of(folder)["groups"]
+  cell = group["summary"]["sampled"]
+  expected = np.mean([0.5] * 10 + [row["correct"] for row in rows[10:]])
+  assert cell["n"] == PROMPTS
+  assert cell["after"][0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
+  shutil.copytree(write_run(tmp_path / "a"), tmp_path / "b")
+  data = payload_of(tmp_path)
+  assert len(data["groups"][0]["runs"]) == 1
+  (note,) = data["notes"]
+  assert str(tmp_path / "b") in note and "same config and seed" in note
 
 
 def test_a_folder_named_twice_counts_once(tmp_path):

@@ -85,6 +85,30 @@ def test_folders_without_evaluations_are_named(tmp_path, capsys, content, said):
   assert str(tmp_path) in captured.err
 
 
+def test_a_run_that_was_not_evaluated_is_no_evaluation(tmp_path, capsys):
+  (tmp_path / "config.json").write_text("{}")
+  (tmp_path / "metrics.jsonl").write_text("{}\n")
+  assert scores.main([str(tmp_path)]) == 2
+  said = capsys.readouterr().err
+  assert "holds no evaluation" in said and "remove" not in said
+
+
+def test_an_evaluation_goes_over_its_own_files_and_no_others(tmp_path):
+  stem = tmp_path / "validation-8-step000000"
+  line = {"model": "one", "temperature": 1.0}
+  assert scores.free_stem(stem, line) == stem
+  stem.with_name(f"{stem.name}.json").write_text(
+    json.dumps(line | {"eval/accuracy": 0.5})
+  )
+  assert scores.free_stem(stem, line) == stem
+  others = [
+    scores.free_stem(stem, line | change)
+    for change in ({"model": "two"}, {"temperature": 0.7})
+  ]
+  assert len({stem, *others}) == 3
+  assert all(other.name.startswith(f"{stem.name}-") for other in others)
+
+
 def test_a_sampler_is_named_by_what_it_changes():
   def name(**changes):
     return scores.sampler_name(sampler.SamplerSettings(32, 8, 16, **changes))

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from configs import base, countdown, sft_countdown, sudoku
-from rspo_jax import config_checks, run_config, settings
+from rspo_jax import config_checks, mirror, run_config, settings
 
 
 @pytest.fixture
@@ -163,6 +163,15 @@ def test_the_nearest_micro_batch_that_fits_is_named(config):
   config.train.micro_batch = 25
   with pytest.raises(ValueError, match=r"the 60 sequences .* use (20|30)"):
     settings.build(config, 1)
+
+
+def test_a_home_folder_may_be_written_short(tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  (tmp_path / "model").mkdir()
+  (tmp_path / "model" / "config.json").write_text("{}")
+  found = config_checks.resolve_model_path("~/model")
+  assert found == str(tmp_path / "model")
+  assert mirror.Home("~/run").local == tmp_path / "run"
 
 
 @pytest.mark.parametrize("number", [1, 2, 12, 97, 360, 2**20])

@@ -50,13 +50,13 @@ config, _, workdir, _ = main.parse(sys.argv)
 folder = pathlib.Path(workdir)
 asked = []
 signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
-if (folder / "summary.json").exists():
+steps = folder / "steps.txt"
+begin = len(steps.read_text().split()) if steps.exists() else 0
+if (folder / "summary.json").exists() and begin >= config.run.steps:
   print("This run is finished")
   sys.exit(0)
 folder.mkdir(parents=True, exist_ok=True)
 (folder / "config.json").write_text(json.dumps(config.to_dict()))
-steps = folder / "steps.txt"
-begin = len(steps.read_text().split()) if steps.exists() else 0
 for step in range(begin, config.run.steps):
   if asked:
     sys.exit(75)
@@ -68,7 +68,11 @@ for step in range(begin, config.run.steps):
     file.write(f"{step}\\n")
   time.sleep(0.02)
 (folder / "summary.json").write_text(json.dumps(
-  {"before": {"eval/accuracy": 0.25}, "after": {"eval/accuracy": 0.5}}
+  {
+    "before": {"eval/accuracy": 0.25},
+    "after": {"eval/accuracy": 0.5},
+    "steps": config.run.steps,
+  }
 ))
 """
 
@@ -411,6 +415,8 @@ def test_a_mistake_in_the_command_is_named_and_nothing_is_written(
     ({"name": "a", "seeds": [True]}, "seeds=[True]"),
     ({"name": "a", "override": {}}, "did you mean 'overrides'?"),
     ({"name": "a", "overrides": {"run.seed": 3}}, "use seeds="),
+    ({"name": "a", "seeds": 3}, "give a list, such as [3]"),
+    ({"name": "a", "overrides": ["run.steps"]}, "give a dict such as"),
     ({"name": "a", "overrides": {"objective.nam": "x"}}, "objective.name"),
     ("a", "entries are dicts"),
   ],
@@ -461,3 +467,41 @@ def test_a_damaged_manifest_is_named_with_its_remedy(place):
   code, _, err = call(f"--config={place}/config.py", f"--out={out}")
   assert code == 2
   assert "remove it" in err
+
+
+@pytest.mark.parametrize(
+  ("body", "message"),
+  [
+    ("1 / 0\ndef sweep():\n  return []\n", "ZeroDivisionError"),
+    ("def sweep():\n  raise KeyError('gone')\n", "sweep() of"),
+  ],
+)
+def test_whatever_a_config_file_does_is_a_message(place, body, message):
+  (place / "bad.py").write_text(CONFIG.split("def sweep")[0] + body)
+  code, _, err = call(f"--config={place}/bad.py", f"--out={place}/out")
+  assert code == 2 and message in err and "Traceback" not in err
+
+
+def test_a_run_with_more_steps_goes_on_where_that_is_accepted(place):
+  words = (f"--config={place}/config.py", f"--out={place}/out")
+  (place / "cure").touch()
+  assert call(*words, "--filter=plain-seed0")[0] == 0
+  first = len((place / "out/plain-seed0/steps.txt").read_text().split())
+  more = f"--config.run.steps={first + 2}"
+  code, _, err = call(*words, "--filter=plain-seed0", more)
+  assert code == 2 and "accept_changes=true" in err
+  accepted = "--config.run.accept_changes=true"
+  assert call(*words, "--filter=plain-seed0", more, accepted)[0] == 0
+  steps = (place / "out/plain-seed0/steps.txt").read_text().split()
+  assert steps == [str(step) for step in range(first + 2)]
+
+
+def test_a_sweep_in_a_bucket_is_printed_as_one(place, monkeypatch):
+  monkeypatch.chdir(place)
+  words = (f"--config={place}/config.py", "--out=gs://bucket/sweep/")
+  for launcher in ("xpk", "slurm", "local"):
+    code, said, err = call(*words, f"--launcher={launcher}", "--dry_run")
+    assert code == 0, err
+    assert "--workdir=gs://bucket/sweep/plain-seed0" in said
+    assert "gs:/b" not in said.replace("gs://", "")
+  assert not (place / "gs:").exists()

@@ -1,15 +1,18 @@
 """Whole runs, tiny: what they leave behind, and that nothing can be lost."""
 
 import collections
+import fcntl
 import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -175,6 +178,62 @@ def test_at_the_start_policy_and_reference_score_exactly_alike(whole):
   assert rows[1]["score/mask_variance"] == rows[1]["loss"] == 0
   assert rows[1]["grad_norm"] > 0
   assert rows[2]["score/relative_std"] > 0
+
+
+@pytest.mark.parametrize(
+  ("dtype", "std", "said"),
+  [
+    ("float32", 9e-7, ""),
+    ("float32", 2e-6, "inside the first update are off by 2.00e-06"),
+    ("bfloat16", 3e-3, "Noise floor of d in bfloat16: 3.0e-03"),
+  ],
+)
+def test_the_first_update_is_held_to_the_agreement(dtype, std, said):
+  words = []
+  run = types.SimpleNamespace(
+    step=0,
+    settings=types.SimpleNamespace(
+      objective=types.SimpleNamespace(subtract_reference=True)
+    ),
+    program=types.SimpleNamespace(
+      model=types.SimpleNamespace(
+        config=types.SimpleNamespace(compute_dtype=dtype)
+      )
+    ),
+    writer=types.SimpleNamespace(warn=words.append, say=words.append),
+  )
+  values = {"score/relative_mean": -1e-7, "score/relative_std": std}
+  Run.check_first_update(run, values)
+  assert len(words) == bool(said) and said in "".join(words)
+  words.clear()
+  run.step = 1
+  Run.check_first_update(run, values)
+  assert not words
+
+
+def test_two_processes_do_not_train_in_one_folder(
+  whole, tmp_path, tiny, capsys
+):
+  folder = tmp_path / "run"
+  folder.mkdir()
+  other = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert main.main(tiny(folder)) == 2
+    assert "another process trains there" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+  finally:
+    os.close(other)
+  assert main.main(tiny(folder)) == 0
+  assert tiny_runs.repeatable(folder) == tiny_runs.repeatable(whole)
+
+
+def test_what_comes_next_is_printed_with_the_folder(tiny, tmp_path, capsys):
+  folder = tmp_path / "run"
+  assert main.main(tiny(folder, objective__lambda_=0.0, run__steps=1)) == 0
+  said = " ".join(capsys.readouterr().out.split())
+  assert f"--workdir={folder} --mode=eval --config.eval.split=test" in said
+  assert "this run was advantage-weighted ELBO" in said
 
 
 def test_samples_hold_prompt_completion_reward_and_verdict(whole):

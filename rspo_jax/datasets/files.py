@@ -1,6 +1,7 @@
 """Reads JSONL and CSV files row by row, so that errors can name the line."""
 
 import csv
+import io
 import json
 import pathlib
 import zlib
@@ -59,7 +60,7 @@ def _json_rows(path, text):
 
 
 def _csv_rows(path, text):
-  reader = csv.DictReader(text.splitlines(), strict=True)
+  reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
   try:
     for row in reader:
       if None in row or None in row.values():

@@ -283,6 +283,11 @@ class _Fields:
   def get(self, key: str):
     """The value of a key that must be there."""
     if key not in self._config:
+      if {"objective", "rollout", "run"} <= self._config.keys():
+        raise UnsupportedConfig(
+          "config.json is that of a run of rspo_jax, not of a model; its model "
+          "is in the folder model/ beside it, once the run is finished."
+        )
       raise UnsupportedConfig(
         f"config.json has no {key}, which changes what the model computes; "
         "add it (defaults of the original code are not assumed)."
