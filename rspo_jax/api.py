@@ -320,7 +320,13 @@ def precision(config):
 
 def _checked_tokens(name: str, tokens, vocab_size: int) -> np.ndarray:
   """Token ids as i32 [n, S], or the error that says what is wrong."""
-  array = np.asarray(tokens)
+  try:
+    array = np.asarray(tokens)
+  except ValueError as error:
+    raise ValueError(
+      f"{name} has rows of different lengths; pad shorter ones on the left and "
+      "pass attention_mask."
+    ) from error
   if array.ndim != 2 or 0 in array.shape:
     raise ValueError(
       f"{name} has shape {array.shape}; give [n, S] with at least one token "

@@ -339,10 +339,14 @@ def commands(
 def _slurm(job: Job, launcher_args: str) -> str:
   """The sbatch command of a job.
 
-  `exec` puts Python in the place of the batch shell, so that SLURM's early
-  SIGTERM reaches it and the run saves before its time is up.
+  SLURM's early SIGTERM goes to what `srun` started, so that the run saves
+  before its time is up; the job is then queued again and goes on.
   """
-  inner = f"exec {shlex.join(_placed(job))}"
+  inner = (
+    f"code=0; srun {shlex.join(_placed(job))} || code=$?; "
+    f'[ "$code" -ne {INTERRUPTED} ] || scontrol requeue "$SLURM_JOB_ID"; '
+    'exit "$code"'
+  )
   words = [
     "sbatch",
     f"--job-name={job.name}",
@@ -350,7 +354,7 @@ def _slurm(job: Job, launcher_args: str) -> str:
     f"--output={job.log.absolute()}",
     "--open-mode=append",
     "--requeue",
-    "--signal=B:TERM@120",
+    "--signal=TERM@120",
   ]
   head = " ".join(filter(None, [shlex.join(words), launcher_args]))
   return f"{head} --wrap={shlex.quote(inner)}"

@@ -253,6 +253,11 @@ def test_mistakes_are_told_before_anything_compiles(
     rspo_jax.generate(model, prompts_of(), **settings_of(**changes))
 
 
+def test_prompts_of_different_lengths_are_told_how_to_be_one_array(models):
+  with pytest.raises(ValueError, match="prompts has rows of different lengths"):
+    rspo_jax.generate(models("llada_tiny_A"), [[1, 2, 3], [4]], **settings_of())
+
+
 def test_the_end_of_turn_token_comes_from_the_tokenizer(models, monkeypatch):
   words = build_word_tokenizer(["a", "<|eot_id|>"], r"<\|eot_id\|>|a")
   model = dataclasses.replace(models("llada_tiny_A"), tokenizer=words)

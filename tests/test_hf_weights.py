@@ -666,6 +666,15 @@ def test_a_damaged_config_is_told_as_such(folder):
     hf_weights.load_model(folder)
 
 
+def test_a_model_is_not_written_over_a_file(tmp_path):
+  source = write_folder(tmp_path / "source", LLADA, tensors_of(LLADA))
+  model = hf_weights.load_model(source)
+  (tmp_path / "file").write_text("mine")
+  with pytest.raises(ValueError, match="is a file; give the folder"):
+    hf_weights.save_model(model, tmp_path / "file")
+  assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_folders_that_are_no_checkpoint_say_what_they_are(folder):
   load, error = hf_weights.load_model, hf_weights.CheckpointError
   with pytest.raises(error, match="is a file; give the folder"):

@@ -302,13 +302,27 @@ def test_slurm_jobs_save_before_their_time_is_up(place):
   (line,) = [line for line in said.splitlines() if line.startswith("sbatch")]
   words = shlex.split(line)
   assert "--job-name=zero-seed0" in words
-  assert "--signal=B:TERM@120" in words
+  assert "--signal=TERM@120" in words
   assert "--gres=gpu:1" in words
   inner = next(w for w in words if w.startswith("--wrap=")).split("=", 1)[1]
-  # SLURM signals the batch shell: Python has to be in its place.
-  assert inner.startswith("exec ")
-  assert shlex.split(inner)[-1] == f"--workdir={place}/out/zero-seed0"
+  assert f"--workdir={place}/out/zero-seed0 " in inner
   assert (place / "out" / "logs").is_dir()
+  # SLURM signals what srun started; a run that saved is queued again.
+  for code in (0, 3, 75):
+    for name, text in (
+      ("srun", f"exit {code}"),
+      ("scontrol", f'echo "$@" >>{place}/requeued'),
+    ):
+      tool = place / "bin" / name
+      tool.parent.mkdir(exist_ok=True)
+      tool.write_text(f"#!/bin/sh\n{text}\n")
+      tool.chmod(0o755)
+    path = f"{place}/bin:{os.environ['PATH']}"
+    done = subprocess.run(
+      ["sh", "-c", inner], env={"PATH": path, "SLURM_JOB_ID": f"job{code}"}
+    )
+    assert done.returncode == code
+  assert (place / "requeued").read_text() == "requeue job75\n"
 
 
 def test_xpk_workload_names_are_valid_and_different(tmp_path):

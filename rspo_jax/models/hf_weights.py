@@ -286,12 +286,15 @@ def save_model(model: Model, path) -> None:
       are replaced.
 
   Raises:
-    ValueError: config and source_config contradict each other, or parameters
-      have other names, shapes or dtypes than the config says.
+    ValueError: the path is a file, config and source_config contradict each
+      other, or parameters have other names, shapes or dtypes than the config
+      says.
   """
   from etils import epath
 
   folder = epath.Path(path).expanduser()
+  if folder.exists() and not folder.is_dir():
+    raise ValueError(f"path={path} is a file; give the folder of a checkpoint.")
   source_config = _config_to_write(model)
   wanted = leaves(model.config)
   by_path = {leaf.path: _get(model.params, leaf.path) for leaf in wanted}
