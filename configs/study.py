@@ -141,6 +141,9 @@ SUDOKU = Study(
     "tracerl": 3e-4,
     "justgrpo": 3e-4,
     "trafl": 1e-4,
+    "rspo-lambda_0": 1e-4,
+    "rspo-lambda_1": 1e-4,
+    "rspo-lambda_10": 1e-3,
   },
 )
 # RSPO with lambdas that get a rate of their own: the gap against lambda = 0 is
@@ -159,6 +162,10 @@ VARIANTS = {
   "stale": {"rollout.stale_steps": 1},
   # Groups that are all right push as in rejection sampling.
   "solved": {"objective.solved_advantage": 1.0},
+  "solved-lambda_0": {
+    "objective.solved_advantage": 1.0,
+    "objective.lambda_": 0.0,
+  },
   # As many steps as the dropped groups leave forwards for.
   "spent": {"run.steps": 67},
 }

@@ -19,11 +19,28 @@ RUNS = {
   "espo": ("espo", {}),
   "diffu_grpo": ("diffu_grpo", {}),
 }
+# At the rate of another run.
+VARIANTS = {
+  "stale": ("rspo", {"rollout.stale_steps": 1}),
+  "solved": ("rspo", {"objective.solved_advantage": 1.0}),
+  "lambda_1-solved": (
+    "rspo-lambda_1",
+    TOKEN | {"objective.lambda_": 1.0, "objective.solved_advantage": 1.0},
+  ),
+}
 COUNTDOWN = study.Study(
   task=countdown.get_config,
   budget=2880,  # 120 steps of RSPO
   seeds=(0, 1, 2),
-  rates={},
+  rates={
+    "rspo": 3e-4,
+    "rspo-paper_literal": 3e-4,
+    "rspo-lambda_0": 3e-4,
+    "rspo-lambda_1": 3e-4,
+    "rft": 1e-3,
+    "espo": 1e-3,
+    "diffu_grpo": 3e-4,
+  },
 )
 
 
@@ -38,6 +55,6 @@ def sweep():
   for name, run in RUNS.items():
     entries += COUNTDOWN.tuning(name, *run)
   entries += [COUNTDOWN.final(name, *run) for name, run in RUNS.items()]
-  stale = {"rollout.stale_steps": 1}
-  entries.append(COUNTDOWN.final("rspo-stale", "", stale, "rspo"))
+  for name, (rate_of, overrides) in VARIANTS.items():
+    entries.append(COUNTDOWN.final(f"rspo-{name}", "", overrides, rate_of))
   return entries

@@ -237,18 +237,26 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def changes(groups: Sequence[Group]) -> list[dict[str, Any]]:
-  """What of each group's config is not what most groups have."""
+  """What of each group's config is not what most groups have.
+
+  Keys that have come since a run began stood at their defaults then.
+  """
   keys = sorted({key for group in groups for key in group.config} - FREE_KEYS)
+  defaults = run_config.defaults()
+
+  def value_of(group, key):
+    return group.config.get(key, defaults.get(key))
+
   out: list[dict[str, Any]] = [{} for _ in groups]
   for key in keys:
-    values = [json.dumps(g.config.get(key), sort_keys=True) for g in groups]
+    values = [json.dumps(value_of(g, key), sort_keys=True) for g in groups]
     if len(set(values)) == 1:
       continue
     usual = collections.Counter(values).most_common(1)[0]
     for found, group, value in zip(out, groups, values, strict=True):
       # Where every group has its own value, each is particular.
       if usual[1] == 1 or value != usual[0]:
-        found[key] = group.config.get(key)
+        found[key] = value_of(group, key)
   return out
 
 

@@ -174,7 +174,7 @@ def read_config(folder) -> dict | None:
   return config
 
 
-def _defaults() -> dict[str, Any]:
+def defaults() -> dict[str, Any]:
   """Default of every key, {} where the configs are not at hand."""
   try:
     from configs import base
@@ -187,7 +187,7 @@ def changed_keys(old: dict, new: dict) -> list[str]:
   """Keys in which two configs differ that change the meaning of a run."""
   before, after = flat(old), flat(new)
   # Keys that have come since the run began stood at their defaults then.
-  before |= {k: v for k, v in _defaults().items() if k in after.keys() - before}
+  before |= {k: v for k, v in defaults().items() if k in after.keys() - before}
   return [
     f"{key}={after.get(key)!r} (was {before.get(key)!r})"
     for key in sorted(before.keys() | after.keys())
