@@ -402,6 +402,14 @@ def _faults():
         tests,
         "equal_rewards_are_dropped",
       ),
+      (
+        "groups that are partly right count as solved",
+        "objectives.py",
+        "np.asarray(correct, bool).all(1, keepdims=True)",
+        "np.asarray(correct, bool).any(1, keepdims=True)",
+        tests,
+        "push_where_asked",
+      ),
     )
   )
 
