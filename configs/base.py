@@ -130,7 +130,8 @@ def get_config() -> ml_collections.ConfigDict:
   objective.normalize_advantages = True  # divide by the group's std (ddof 1)
   objective.skip_equal_groups = False  # drop groups whose rewards are equal
   objective.solved_advantage = 0.0  # of completions of a group that are all
-  #                    right, for rspo; 0: nothing is learnt from it (paper)
+  #                    right and equally rewarded, for rspo; 0: nothing is
+  #                    learnt from it (paper)
   objective.reference_every = 0  # steps after which the policy becomes the
   #                                reference; 0: never
   # Of the other objectives (rspo_jax/baselines.py):

@@ -193,10 +193,6 @@ def sweep():
   for name, overrides in (changes | VARIANTS).items():
     entries.append(SUDOKU.final(f"rspo-{name}", "", overrides, "rspo"))
   for name, overrides in LAMBDAS.items():
-    if (
-      SUDOKU.rates.get(f"rspo-{name}", SUDOKU.rates["rspo"])
-      != (SUDOKU.rates["rspo"])
-    ):
-      own = f"rspo-{name}"
-      entries.append(SUDOKU.final(f"{own}-tuned", "", overrides, own))
+    own = f"rspo-{name}"
+    entries.append(SUDOKU.final(f"{own}-tuned", "", overrides, own))
   return entries

@@ -34,7 +34,7 @@ COUNTDOWN = study.Study(
   seeds=(0, 1, 2),
   rates={
     "rspo": 3e-4,
-    "rspo-paper_literal": 3e-4,
+    "rspo-paper_literal": 3e-4,  # that of lambda_0: it was not tuned
     "rspo-lambda_0": 3e-4,
     "rspo-lambda_1": 3e-4,
     "rft": 1e-3,

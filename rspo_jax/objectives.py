@@ -86,10 +86,11 @@ def group_advantages(rewards: np.ndarray, normalize: bool = True) -> np.ndarray:
 def solved_advantages(
   advantages: np.ndarray, correct: np.ndarray, value: float
 ) -> np.ndarray:
-  """Advantages with `value` for every completion of an all-right group.
+  """Advantages with `value` where a group is all right and its rewards equal.
 
   Relative rewards say nothing of such a group; with a positive value it is
   learnt from as rejection sampling does. (Not in the paper, whose value is 0.)
+  Where they differ, among right completions too, they keep the word.
 
   Args:
     advantages: f32 [b, G].
@@ -100,7 +101,8 @@ def solved_advantages(
     f32 [b, G].
   """
   solved = np.asarray(correct, bool).all(1, keepdims=True)
-  return np.where(solved, np.float32(value), advantages)
+  silent = (advantages == 0).all(1, keepdims=True)
+  return np.where(solved & silent, np.float32(value), advantages)
 
 
 def rewarded_advantages(correct: np.ndarray) -> np.ndarray:
@@ -244,8 +246,8 @@ class ObjectiveSettings:
     lambda_unit: "token" (meets d) or "sequence" (meets L d).
     lambda_share: share std(lambda d) / std(A) that lambda follows from step to
       step, from `lambda_` on; 0: it stays.
-    solved_advantage: of completions of a group that are all right; 0: as any
-      other group of equal rewards.
+    solved_advantage: of completions of a group that are all right and equally
+      rewarded; 0: as any other group of equal rewards.
     centring: set over which the mean relative score is taken out.
     subtract_reference: False drops the reference from the gap (ablation).
     gap_masks: "shared" uses all masks in gap and direction; "leave_one_out"

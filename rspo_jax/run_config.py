@@ -14,6 +14,7 @@ from typing import Any
 from rspo_jax import mirror
 
 CONFIG = "config.json"
+SUMMARY = "summary.json"
 # Keys that may change between the parts of one run: they say where and how
 # loudly, not what is computed.
 FREE_KEYS = (
@@ -57,6 +58,23 @@ def config_hash(config: dict) -> str:
   """Eight hex digits that name a resolved config."""
   text = json.dumps(config, sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def is_finished(folder, steps: int) -> bool:
+  """Whether a run has done all its steps.
+
+  Raises:
+    ValueError: its summary cannot be read.
+  """
+  path = folder / SUMMARY
+  if not path.exists():
+    return False
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))["steps"] >= steps
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(
+      f"{path} cannot be read ({error}); delete it to have it written again."
+    ) from error
 
 
 def check_workdir(workdir: str, config: dict, mode: str) -> None:

@@ -404,7 +404,11 @@ class Run:
         jax.block_until_ready(sampled.old)
 
   def rollout_batch(self, batches, watch):
-    """Samples, judges and assembles one batch; returns it with metrics."""
+    """Samples, judges and assembles one batch.
+
+    Returns:
+      (batch, its scores or None where they are still to be computed, metrics).
+    """
     program, settings = self.program, self.settings
     group = settings.rollout.group_size
     sampled = self.ahead or self.sample(batches, self.step, watch)
@@ -479,15 +483,15 @@ class Run:
         target=put(host.target),
         lambda_=put(host.lambda_),
       )
-      return (batch, early[1]), values
+      return batch, early[1], values
     batch = sharding.put_global(program.mesh, host)
     if sampled.old:
       old = [
         self.call("order", program.reorder_fn, one, batch)
         for one in sampled.old
       ]
-      return (batch, self.scores(batch, old)), values
-    return batch, values
+      return batch, self.scores(batch, old), values
+    return batch, None, values
 
   def samples_due(self) -> bool:
     """Whether the step in progress leaves samples."""
@@ -668,14 +672,13 @@ class Run:
     """
     start, compiled_s = time.perf_counter(), self.compiling_s
     watch = Stopwatch()
+    scores = None
     if self.settings.supervised:
       batch, values = self.demonstration_batch(batches, watch)
     else:
-      batch, values = self.rollout_batch(batches, watch)
+      batch, scores, values = self.rollout_batch(batches, watch)
     with watch("time/score_s"):
-      if isinstance(batch, tuple):
-        batch, scores = batch
-      else:
+      if scores is None:
         scores = self.scores(batch)
       self.check_start(batch, scores[0].reference)
       jax.block_until_ready([s.arrays for s in scores])

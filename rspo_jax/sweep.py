@@ -20,7 +20,6 @@ import collections
 import contextlib
 import dataclasses
 import difflib
-import fcntl
 import importlib.util
 import json
 import os
@@ -34,8 +33,8 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
+from rspo_jax import locks, mirror, run_config
 from rspo_jax import main as command_line
-from rspo_jax import mirror, run_config
 from rspo_jax import options as options_lib
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
@@ -98,12 +97,10 @@ class Job:
   @property
   def finished(self) -> bool:
     """Whether the run came to the end that its config asks for."""
-    path = self.workdir / "summary.json"
     try:
-      summary = json.loads(path.read_text(encoding="utf-8"))
-      return summary["steps"] >= self.config["run"]["steps"]
-    except (OSError, ValueError, KeyError, TypeError):
-      return False
+      return run_config.is_finished(self.workdir, self.config["run"]["steps"])
+    except ValueError:
+      return False  # the run says so itself
 
   @property
   def begun(self) -> bool:
@@ -502,13 +499,11 @@ def locked(out: pathlib.Path) -> Iterator[None]:
     ValueError: another sweep works there.
   """
   with open(out / f".{MANIFEST}.lock", "w") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not locks.take(file):
       raise ValueError(
         f"--out={out}: another sweep works there; wait for it, or choose "
         "another --out."
-      ) from error
+      )
     yield
 
 
@@ -517,11 +512,7 @@ def _alive(job: Job) -> bool:
   if not job.log.exists():
     return False
   with open(job.log, "rb") as log:
-    try:
-      fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      return True
-  return False
+    return not locks.take(log)
 
 
 def _start(job: Job) -> _Child | None:
@@ -533,11 +524,9 @@ def _start(job: Job) -> _Child | None:
   )
   environment["PYTHONUNBUFFERED"] = "1"
   with open(job.log, "ab") as log:
-    try:
-      # The child inherits this lock with its standard output and keeps it
-      # even when the sweep is killed.
-      fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    # The child inherits this lock with its standard output and keeps it even
+    # when the sweep is killed.
+    if not locks.take(log):
       return None
     log.write(f"$ {shlex.join(job.command)}\n".encode())
     log.flush()

@@ -65,10 +65,10 @@ def main(config, workdir: str, mode: str) -> int:
     settings = settings_lib.build(config, jax.device_count())
     run_config.check_workdir(workdir, resolved, mode)
     home = mirror.Home(workdir)
-    if mode == "train" and workdir_lib.is_finished(
+    if mode == "train" and run_config.is_finished(
       home.address, settings.run.steps
     ):
-      print(f"This run is finished: {home.address / workdir_lib.SUMMARY}")
+      print(f"This run is finished: {home.address / run_config.SUMMARY}")
       return DONE
     _cache(settings.run.compilation_cache)
   except ValueError as error:

@@ -1,7 +1,6 @@
 """The folder of a run: who made it, who sees it, which config is in force."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -13,10 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from rspo_jax import environment, run_config, sharding, trackers
+from rspo_jax import environment, locks, run_config, sharding, trackers
 from rspo_jax.runs import Run
 
-SUMMARY = "summary.json"
 ENVIRONMENT = "environment.json"
 SHARED_FOLDER_S = 60.0  # until a network disk must show what was written
 
@@ -35,51 +33,28 @@ def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
     raise
 
 
-def is_finished(folder, steps: int) -> bool:
-  """Whether a run has done all its steps.
-
-  Raises:
-    ValueError: its summary cannot be read.
-  """
-  path = folder / SUMMARY
-  if not path.exists():
-    return False
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))["steps"] >= steps
-  except (OSError, ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f"{path} cannot be read ({error}); delete it to have it written again."
-    ) from error
-
-
 @contextlib.contextmanager
 def held(run: Run) -> Iterator[None]:
   """Keeps other processes from training in the run's folder meanwhile.
 
-  The lock is the system's and goes with the process, however that ends. Disks
-  that know no locks do without.
-
   Raises:
-    ValueError: another process has it.
+    ValueError: another process has it; in every process of the run.
   """
-  if not run.main_process:
-    yield
-    return
-  run.workdir.mkdir(parents=True, exist_ok=True)
-  folder = os.open(run.workdir, os.O_RDONLY)
+  folder, free = None, True
+  if run.main_process:
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    folder = os.open(run.workdir, os.O_RDONLY)
+    free = locks.take(folder)
   try:
-    try:
-      fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+    if not sharding.gather_rows(np.array([free])).all():
       raise ValueError(
         f"--workdir={run.workdir} is in use: another process trains there. "
         "Wait for it, stop it, or choose another folder."
-      ) from error
-    except OSError:
-      pass
+      )
     yield
   finally:
-    os.close(folder)
+    if folder is not None:
+      os.close(folder)
 
 
 def prepare(run: Run) -> None:

@@ -48,11 +48,11 @@ def poison(monkeypatch, *steps):
   original = Run.rollout_batch
 
   def poisoned(run, *args):
-    batch, values = original(run, *args)
+    batch, scores, values = original(run, *args)
     if run.step + 1 in steps:
       bad = batch.advantage * jnp.nan
       batch = batch.replace(advantage=bad, target=bad)
-    return batch, values
+    return batch, scores, values
 
   monkeypatch.setattr(Run, "rollout_batch", poisoned)
 

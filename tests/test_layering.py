@@ -29,6 +29,7 @@ LEVELS = {
   "rspo_jax.trackers": 0,
   "rspo_jax.profiler": 0,
   "rspo_jax.options": 0,
+  "rspo_jax.locks": 0,
   "rspo_jax.environment": 1,
   "rspo_jax.chips": 0,
   "rspo_jax.flops": 0,

@@ -300,6 +300,13 @@ def test_groups_that_are_all_right_push_where_asked():
     before[row] for row in (2, 3, 4, 5)
   ]
   np.testing.assert_allclose(batch.target, batch.advantage / 0.5)
+  # Right completions that differ in reward are told apart by it.
+  shaped = [0.9, 0.7, 1, 1]
+  batch, _ = assemble(shaped, 2, solved_advantage=0.5, **options)
+  of_row = dict(zip(batch.row, batch.advantage, strict=True))
+  np.testing.assert_allclose(
+    [of_row[row] for row in range(4)], [0.1, -0.1, 0.5, 0.5], atol=1e-6
+  )
   # A limit on groups counts them, too.
   batch, _ = assemble(
     rewards, 2, solved_advantage=0.5, keep_groups=2, **options

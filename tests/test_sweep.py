@@ -336,7 +336,7 @@ def test_xpk_workload_names_are_valid_and_different(tmp_path):
       workdir=tmp_path / "w",
       log=tmp_path / "l",
       arguments=("--config=c.py",),
-      config={"run": {"seed": seed}},
+      config={"run": {"seed": seed, "steps": 1}},
     )
     line = next(
       line

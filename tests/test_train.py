@@ -20,7 +20,7 @@ import pytest
 import tiny_runs
 
 import rspo_jax
-from rspo_jax import main
+from rspo_jax import main, workdir
 from rspo_jax import program as program_lib
 from rspo_jax.runs import Run, Stopwatch, evaluation_prompts
 
@@ -226,6 +226,30 @@ def test_two_processes_do_not_train_in_one_folder(
     os.close(other)
   assert main.main(tiny(folder)) == 0
   assert tiny_runs.repeatable(folder) == tiny_runs.repeatable(whole)
+
+
+@pytest.mark.parametrize("main_process", [True, False])
+def test_a_folder_in_use_is_refused_in_every_process(
+  main_process, tmp_path, monkeypatch
+):
+  """Nobody waits for a first process that has given up."""
+  told = []
+
+  def gathered(rows):
+    told.extend(rows)
+    return np.array([False, True])
+
+  monkeypatch.setattr(workdir.sharding, "gather_rows", gathered)
+  run = types.SimpleNamespace(
+    main_process=main_process, workdir=tmp_path / "run"
+  )
+  with (
+    pytest.raises(ValueError, match="another process trains there"),
+    workdir.held(run),
+  ):
+    raise AssertionError("went on")
+  assert told == [True]  # this one was free to go on
+  assert (tmp_path / "run").exists() == main_process
 
 
 def test_what_comes_next_is_printed_with_the_folder(tiny, tmp_path, capsys):
