@@ -59,7 +59,7 @@ OVERRIDES = {
 ANNOUNCING = """
 import sys
 from rspo_jax import checkpoint, main, program
-from rspo_jax.runs import Run
+from rspo_jax.run.runs import Run
 def announce(owner, method, phase):
   original = getattr(owner, method)
   def wrapped(self, *args, **options):

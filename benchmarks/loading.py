@@ -61,7 +61,7 @@ def write(folder: pathlib.Path, size: float) -> int:
   import ml_dtypes
   import numpy as np
 
-  from rspo_jax.models import families, hf_weights, transformer
+  from rspo_jax.models import checkpoints, families, transformer
 
   layer = 4 * WIDTH**2 + 3 * WIDTH * MLP
   fixed = 2 * VOCABULARY * WIDTH
@@ -86,8 +86,8 @@ def write(folder: pathlib.Path, size: float) -> int:
   block = np.random.default_rng(0).standard_normal(2**20)
   block = (0.02 * block).astype(ml_dtypes.bfloat16)
   params = jax.tree.map(lambda x: np.resize(block, x.shape), shapes)
-  hf_weights.SHARD_BYTES = 10**9
-  hf_weights.save_model(hf_weights.Model(config, params), folder)
+  checkpoints.SHARD_BYTES = 10**9
+  checkpoints.save_model(checkpoints.Model(config, params), folder)
   return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 

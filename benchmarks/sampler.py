@@ -33,7 +33,7 @@ def random_model():
   """A LLaDA of width 256 whose confidences are far from ties."""
   import jax
 
-  from rspo_jax.models import families, hf_weights, transformer
+  from rspo_jax.models import checkpoints, families, transformer
 
   config = families.ModelConfig(
     family="llada",
@@ -52,12 +52,12 @@ def random_model():
   )
   params = transformer.init(config, jax.random.key(0))
   params = jax.tree.map(lambda x: x * 3 if x.ndim > 1 else x, params)
-  return hf_weights.Model(config=config, params=params)
+  return checkpoints.Model(config=config, params=params)
 
 
 def flops(config, rows: int, cache: str) -> float:
   """Useful FLOPs of one call of `generate`."""
-  from rspo_jax.flops import forward_flops
+  from rspo_jax.planning.flops import forward_flops
 
   canvas = PROMPT + COMPLETION
   blocks = COMPLETION // BLOCK

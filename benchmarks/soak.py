@@ -58,7 +58,7 @@ def soak(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
   of a stretch is what stays.
   """
   from rspo_jax import main
-  from rspo_jax.runs import Run
+  from rspo_jax.run.runs import Run
 
   tiny_runs.save_checkpoint(folder / "checkpoint")
   tiny_runs.save_puzzles(folder / "puzzles.jsonl")
@@ -122,9 +122,11 @@ def saving(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
   import jax
 
   from configs import base
-  from rspo_jax import main, settings
-  from rspo_jax import program as program_lib
-  from rspo_jax.checkpoint import Checkpointer
+  from rspo_jax import main
+  from rspo_jax.config import load
+  from rspo_jax.run import program as program_lib
+  from rspo_jax.run import settings
+  from rspo_jax.storage.checkpoint import Checkpointer
 
   every = 8
   argv = [
@@ -162,7 +164,7 @@ def saving(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
   one_s += max(0.0, statistics.median(beside) - usual_s)
   interval = base.get_config().run.checkpoint_every
   share = one_s / (interval * usual_s)
-  program = program_lib.build(settings.build(main.parse(argv)[0], 1))
+  program = program_lib.build(settings.build(load.parse(argv)[0], 1))
   restore_s = []
   for _ in range(5):
     begun = time.perf_counter()

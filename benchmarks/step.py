@@ -33,9 +33,9 @@ def of_85m(config):
   """Settings and model of 85 million parameters beside the embedding's."""
   import jax
 
-  from rspo_jax import settings as settings_lib
-  from rspo_jax.models import hf_weights, transformer
-  from rspo_jax.models.published import PUBLISHED
+  from rspo_jax.models import checkpoints, transformer
+  from rspo_jax.models.families.published import PUBLISHED
+  from rspo_jax.run import settings as settings_lib
 
   config.rollout.prompts, config.rollout.group_size = 2, 4
   config.data.prompt_length = 64
@@ -58,7 +58,7 @@ def of_85m(config):
   )
   settings = settings_lib.build(config, jax.device_count())
   params = transformer.init(shape, jax.random.key(0))
-  return settings, hf_weights.Model(config=shape, params=params)
+  return settings, checkpoints.Model(config=shape, params=params)
 
 
 def main() -> None:
@@ -74,10 +74,11 @@ def main() -> None:
   import jax.numpy as jnp
   import numpy as np
 
-  from rspo_jax import program as program_lib
-  from rspo_jax import settings as settings_lib
-  from rspo_jax import sharding, train_step
-  from rspo_jax.flops import forward_flops
+  from rspo_jax.algorithm import train_step
+  from rspo_jax.devices import sharding
+  from rspo_jax.planning.flops import forward_flops
+  from rspo_jax.run import program as program_lib
+  from rspo_jax.run import settings as settings_lib
 
   path, _, arg = options.config.partition(":")
   spec = importlib.util.spec_from_file_location("config", ROOT / path)
@@ -169,7 +170,7 @@ def trace(folder: str, fn) -> None:
   """Prints the most expensive operations of one more call."""
   import jax
 
-  from rspo_jax import profiler
+  from rspo_jax.reporting import profiler
 
   with jax.profiler.trace(folder):
     jax.block_until_ready(fn())

@@ -30,9 +30,11 @@ def main() -> None:
   import numpy as np
 
   import rspo_jax
-  from rspo_jax import data, main, settings, tasks
+  from rspo_jax import tasks
+  from rspo_jax.config import load
+  from rspo_jax.run import data, settings
 
-  config = main.load_config(options.config)
+  config = load.load_config(options.config)
   if options.model:
     config.model.path = options.model
   run = settings.build(config, 1)

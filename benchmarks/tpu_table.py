@@ -25,7 +25,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-from rspo_jax import chips, plan  # noqa: E402
+from rspo_jax.planning import chips, plan  # noqa: E402
 
 LORA, FULL = "llada_8b", "llada_8b,full"
 F32_MOMENTS = {"optimizer.moment_dtype": "float32"}
@@ -148,7 +148,7 @@ def gathered_by_hand(row: Row) -> float:
   vocabulary stays where it lies: the hidden rows of all chips come to it, those
   of policy and reference, and the policy's once more to be differentiated.
   """
-  from rspo_jax.models.published import PUBLISHED
+  from rspo_jax.models.families.published import PUBLISHED
 
   model = PUBLISHED["llada_8b"]
   layer = 4 * model.width**2 + 3 * model.width * model.mlp_width
@@ -210,9 +210,11 @@ def head(options) -> bool:
   import jax.numpy as jnp
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from rspo_jax import hlo, planner, program, sharding
+  from rspo_jax.devices import sharding
   from rspo_jax.models import transformer
-  from rspo_jax.models.published import PUBLISHED
+  from rspo_jax.models.families.published import PUBLISHED
+  from rspo_jax.planning import hlo, planner
+  from rspo_jax.run import program
 
   topology = chips.parse(HEAD_TOPOLOGY)
   mesh = sharding.make_mesh(devices=planner.topology_devices(topology))

@@ -1,6 +1,6 @@
 """Every key of a run with its default; task files state only differences.
 
-Keys are read by `rspo_jax.settings`, which checks them across fields and names
+Keys are read by `rspo_jax.run.settings`, which checks them across fields and names
 value and remedy of what it refuses. `--config.GROUP.KEY=VALUE` overrides one.
 """
 
@@ -15,7 +15,9 @@ def get_config() -> ml_collections.ConfigDict:
   # Checkpoint folder in the Hugging Face layout, or "embedded:NAME" for one
   # that the package carries; "" trains a new model (supervised runs only).
   model.path = ""
-  model.published = ""  # key of rspo_jax.models.published.PUBLISHED: the shape
+  model.published = (
+    ""  # key of rspo_jax.models.families.published.PUBLISHED: the shape
+  )
   #                       that launch/plan.py takes while path is ""
   model.compute_dtype = "auto"  # auto (float32 on CPU, else bfloat16) | float32
   #                               | bfloat16: dtype of matmul inputs
@@ -94,8 +96,10 @@ def get_config() -> ml_collections.ConfigDict:
   sampler.completion_length = 8  # L: static
   sampler.block_length = 8  # positions filled before the next block starts
   sampler.steps = 8  # T: denoising steps of all blocks together; 0: L
-  sampler.algorithm = "llada"  # key of rspo_jax.sampler.ALGORITHMS
-  sampler.remasking = "low_confidence"  # key of rspo_jax.sampler.REMASKING
+  sampler.algorithm = "llada"  # key of rspo_jax.sampling.sampler.ALGORITHMS
+  sampler.remasking = (
+    "low_confidence"  # key of rspo_jax.sampling.sampler.REMASKING
+  )
   sampler.cache = "none"  # none | prefix | dual: keys and values that a block's
   #                         later steps read instead of computing them
   sampler.threshold = 0.0  # commit all that are at least this probable; 0: off
@@ -107,7 +111,9 @@ def get_config() -> ml_collections.ConfigDict:
   sampler.order_temperature = 0.0  # of the order of Dream's positions; 0: best
 
   config.likelihood = likelihood = ml_collections.ConfigDict()
-  likelihood.scheme = "complementary"  # key of rspo_jax.likelihood.ESTIMATORS
+  likelihood.scheme = (
+    "complementary"  # key of rspo_jax.algorithm.likelihood.ESTIMATORS
+  )
   likelihood.masks = 2  # K: masks (forward passes) of a completion; 0 with
   #                       scheme trace: as many as the sampler has steps
   # completion (through the first EOS, later positions hidden from attention) |
@@ -119,7 +125,7 @@ def get_config() -> ml_collections.ConfigDict:
   likelihood.shrink = 1  # sampling steps that share a canvas of trace
 
   config.objective = objective = ml_collections.ConfigDict()
-  objective.name = "rspo"  # key of rspo_jax.objectives.OBJECTIVES
+  objective.name = "rspo"  # key of rspo_jax.algorithm.objectives.OBJECTIVES
   objective.lambda_ = 0.01  # temperature of the KL-regularised problem, >= 0
   objective.lambda_unit = "sequence"  # token | sequence: nats per ...
   objective.lambda_share = 0.0  # share of the advantage's std that lambda
@@ -134,7 +140,7 @@ def get_config() -> ml_collections.ConfigDict:
   #                    learnt from it (paper)
   objective.reference_every = 0  # steps after which the policy becomes the
   #                                reference; 0: never
-  # Of the other objectives (rspo_jax/baselines.py):
+  # Of the other objectives (rspo_jax/algorithm/baselines.py):
   objective.clip = 0.2  # half-width of the ratio's trust region, >= 0
   objective.kl_weight = 0.0  # pull to the reference (tracerl: old policy), >= 0
   objective.kl_reduction = "mean"  # mean | sum, of tracerl's pull in a step

@@ -93,7 +93,7 @@ def ablation(seeds):
     seeds: values of run.seed, a run each.
 
   Returns:
-    dicts with name, overrides and seeds (rspo_jax/sweep.py).
+    dicts with name, overrides and seeds (rspo_jax/tools/sweep.py).
   """
   changes = {
     "rspo": {},

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configs.md"
 sys.path.insert(0, str(ROOT))
 
-from rspo_jax import run_config  # noqa: E402
+from rspo_jax.config import identity  # noqa: E402
 
 # They switch between config files and are none themselves.
 NO_CONFIGS = ("__init__", "base", "recipes")
@@ -71,7 +71,7 @@ def page() -> str:
   """The text of docs/configs.md."""
   base = importlib.import_module("configs.base")
   said = comments((ROOT / "configs" / "base.py").read_text("utf-8"))
-  values = run_config.flat(base.get_config().to_dict())
+  values = identity.flat(base.get_config().to_dict())
   lines = [
     "# Configs",
     "",

@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from rspo_jax import plan
+from rspo_jax.planning import plan
 
 if __name__ == "__main__":
   sys.exit(plan.main())

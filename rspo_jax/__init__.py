@@ -6,10 +6,14 @@
                             block_length=32)
 
 The names below are loaded on first use, so that importing the package (and a
-command's `--help`) does not wait for JAX.
+command's `--help`) does not wait for JAX. The commands live in `tools/` and are
+called without it: `python -m rspo_jax.demo`.
 """
 
 import importlib
+import pathlib
+
+__path__.append(str(pathlib.Path(__file__).parent / "tools"))
 
 __version__ = "0.1.0"
 

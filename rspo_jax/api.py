@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from rspo_jax import sampler
 from rspo_jax.models import transformer
-from rspo_jax.models.hf_weights import Model, load_model, save_model
+from rspo_jax.models.checkpoints import Model, load_model, save_model
+from rspo_jax.sampling import sampler
 
 __all__ = ["generate", "load_model", "logits", "save_model", "verify"]
 

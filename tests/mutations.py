@@ -43,7 +43,7 @@ class Fault:
 
 def _faults():
   """The list, grouped by module."""
-  module, tests = "objectives.py", "test_objectives.py"
+  module, tests = "algorithm/objectives.py", "algorithm/test_objectives.py"
   yield from (
     Fault(*row)
     for row in (
@@ -132,7 +132,7 @@ def _faults():
         module,
         "np.float32(size / (size - 1))",
         "np.float32((size - 1) / size)",
-        "test_baselines.py",
+        "algorithm/test_baselines.py",
         "definitions",
       ),
       (
@@ -140,12 +140,12 @@ def _faults():
         module,
         "  if not (entry.ratio or entry.off_policy):",
         "  if False:",
-        "test_baselines.py",
+        "algorithm/test_baselines.py",
         "cannot_use",
       ),
     )
   )
-  module, tests = "baselines.py", "test_baselines.py"
+  module, tests = "algorithm/baselines.py", "algorithm/test_baselines.py"
   equation = "those_of_the_equation and "
   yield from (
     Fault(*row)
@@ -224,7 +224,7 @@ def _faults():
       ),
     )
   )
-  module = "masks.py"
+  module = "algorithm/masks.py"
   yield from (
     Fault(*row)
     for row in (
@@ -233,7 +233,7 @@ def _faults():
         module,
         "jnp.where(corrupt & scored, scale / count, 0.0)",
         "jnp.where(corrupt & scored, scale + 0 * count, 0.0)",
-        "test_likelihood.py",
+        "algorithm/test_likelihood.py",
         "plain_mean",
       ),
       (
@@ -245,7 +245,7 @@ def _faults():
         "  corrupt = (ranks <= count[:, :, None]) & scored[:, None]\n"
         "  return _single(corrupt, scored[:, None], prompt_length)\n\n\n"
         "def stratified",
-        "test_likelihood.py",
+        "algorithm/test_likelihood.py",
         "count_uniform_elbo",
       ),
       (
@@ -253,7 +253,7 @@ def _faults():
         module,
         "(n, draws)) * total < 1.0",
         "(n, draws)) * total < 2.0",
-        "test_likelihood.py",
+        "algorithm/test_likelihood.py",
         "count_uniform_elbo",
       ),
       (
@@ -261,7 +261,7 @@ def _faults():
         module,
         "total.astype(jnp.int32) + 1 - first_count",
         "total.astype(jnp.int32) - first_count",
-        "test_likelihood.py",
+        "algorithm/test_likelihood.py",
         "count_uniform_elbo",
       ),
       (
@@ -269,7 +269,7 @@ def _faults():
         module,
         "for mask_key in (first_key, second_key):",
         "for mask_key in (first_key, first_key):",
-        "test_likelihood.py",
+        "algorithm/test_likelihood.py",
         "two_subsets",
       ),
       (
@@ -277,7 +277,7 @@ def _faults():
         module,
         "when[:, :, None] < when[:, None, :]",
         "when[:, :, None] > when[:, None, :]",
-        "test_masks.py",
+        "algorithm/test_masks.py",
         "trace_scores",
       ),
       (
@@ -285,7 +285,7 @@ def _faults():
         module,
         "| (place >= start + size)",
         "| (place > start + size)",
-        "test_masks.py",
+        "algorithm/test_masks.py",
         "block",
       ),
       (
@@ -293,12 +293,12 @@ def _faults():
         module,
         "scale = (total + 1.0) / jnp.maximum(total, 1.0)",
         "scale = total / jnp.maximum(total, 1.0)",
-        "test_masks.py",
+        "algorithm/test_masks.py",
         "coupled",
       ),
     )
   )
-  module, tests = "sampler.py", "test_sampler.py"
+  module, tests = "sampling/sampler.py", "sampling/test_sampler.py"
   yield from (
     Fault(*row)
     for row in (
@@ -336,7 +336,7 @@ def _faults():
       ),
     )
   )
-  module, tests = "train_step.py", "test_train_step.py"
+  module, tests = "algorithm/train_step.py", "algorithm/test_train_step.py"
   yield from (
     Fault(*row)
     for row in (
@@ -382,7 +382,7 @@ def _faults():
       ),
     )
   )
-  module, tests = "rollout.py", "test_rollout.py"
+  module, tests = "run/rollout.py", "run/test_rollout.py"
   yield from (
     Fault(*row)
     for row in (
@@ -404,7 +404,7 @@ def _faults():
       ),
       (
         "groups that are all wrong count as solved",
-        "objectives.py",
+        "algorithm/objectives.py",
         "np.where(solved & silent,",
         "np.where(silent,",
         tests,
@@ -412,7 +412,7 @@ def _faults():
       ),
       (
         "solved groups forget which completion was better",
-        "objectives.py",
+        "algorithm/objectives.py",
         "np.where(solved & silent,",
         "np.where(solved,",
         tests,

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import rspo_jax
-from rspo_jax import api, sampler
-from rspo_jax.tokenizer import build_word_tokenizer
+from rspo_jax import api
+from rspo_jax.models.tokenizer import build_word_tokenizer
+from rspo_jax.sampling import sampler
 
 
 def case(shared, folder, name):

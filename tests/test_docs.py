@@ -11,16 +11,13 @@ import sys
 import pytest
 
 from configs import base
-from rspo_jax import (
-  config_checks,
-  demo,
-  main,
-  plan,
-  report,
-  run_config,
-  sweep,
-  trackers,
-)
+from rspo_jax.config import identity, load
+from rspo_jax.planning import plan
+from rspo_jax.reporting import trackers
+from rspo_jax.run import checks
+from rspo_jax.tools import sweep
+from rspo_jax.tools.demo import demo
+from rspo_jax.tools.report import report
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -54,17 +51,17 @@ EVERY = [(page.name, words) for page in PAGES for words in commands(page)]
 
 def check_main(words):
   """Config, switches, keys and values of a run's command."""
-  config, *_ = main.parse(["rspo_jax", *words])
+  config, *_ = load.parse(["rspo_jax", *words])
   values = config.to_dict()
   if values["data"]["source"] or not values["model"]["path"].startswith(
-    config_checks.EMBEDDED
+    checks.EMBEDDED
   ):
     return  # files of the reader's
   with config.unlocked():
     if config.run.logger:  # an extra, which need not be installed here
       assert set(config.run.logger.split(",")) <= trackers.TRACKERS.keys()
       config.run.logger = ""
-  config_checks.check_values(config)
+  checks.check_values(config)
 
 
 def check(words, monkeypatch):
@@ -76,9 +73,9 @@ def check(words, monkeypatch):
     assert importlib.util.find_spec(module), module
     if module == "rspo_jax.main":
       check_main(rest)
-    elif module == "rspo_jax.demo":
+    elif module == "rspo_jax.tools.demo.demo":
       demo.parse(rest)
-    elif module == "rspo_jax.report":
+    elif module == "rspo_jax.tools.report.report":
       report.parse(rest)
   elif program == "python":
     name, rest = rest[0], rest[1:]
@@ -121,7 +118,7 @@ def test_every_command_is_understood(page, words, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_key_that_is_named_exists(page):
-  values = run_config.flat(base.get_config().to_dict())
+  values = identity.flat(base.get_config().to_dict())
   groups = {key.partition(".")[0] for key in values}
   text = page.read_text("utf-8")
   inline = re.findall(r"`([^`\n]+)`", text)
@@ -169,7 +166,7 @@ def test_the_page_of_configs_is_that_of_the_configs():
   assert page == module.PAGE.read_text("utf-8"), (
     "configs changed: run python docs/make_configs.py"
   )
-  for key in run_config.flat(base.get_config().to_dict()):
+  for key in identity.flat(base.get_config().to_dict()):
     assert page.count(f"| `{key}` |") == 1
 
 
@@ -201,9 +198,9 @@ def test_an_installed_command_finds_the_configs_from_anywhere(tmp_path):
   code = (
     "import pathlib, sys\n"
     f"sys.path[0:1] = [{str(package)!r}]\n"
-    "from rspo_jax import main\n"
-    f"main.INSTALLED = pathlib.Path({str(share)!r})\n"
-    "config = main.parse(['x', '--config=configs/sudoku.py:smoke'])[0]\n"
+    "from rspo_jax.config import load\n"
+    f"load.INSTALLED = pathlib.Path({str(share)!r})\n"
+    "config = load.parse(['x', '--config=configs/sudoku.py:smoke'])[0]\n"
     "print(config.task.name, config.run.steps)"
   )
   done = subprocess.run(

@@ -10,7 +10,8 @@ import time
 
 import pytest
 
-from rspo_jax import main, plan
+from rspo_jax.config import load
+from rspo_jax.planning import plan
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -430,10 +431,10 @@ def test_every_command_of_the_guide_is_one_that_works(stand_ins, monkeypatch):
       assert done.returncode == 0, (words, done.stderr)
       # What is to run there is parsed like a command here.
       if "--" in arguments or script == "slurm.sbatch":
-        main.parse(["x", *[a for a in arguments if a.startswith("--con")]])
+        load.parse(["x", *[a for a in arguments if a.startswith("--con")]])
       checked.add(script)
     elif arguments[:2] == ["-m", "rspo_jax.main"]:
-      main.parse(["x", *arguments[2:]])
+      load.parse(["x", *arguments[2:]])
       checked.add("main")
     elif arguments[:1] == ["launch/plan.py"]:
       plan.parse(arguments[1:])

@@ -15,8 +15,11 @@ import pytest
 import tiny_runs
 from hypothesis import strategies as st
 
-from rspo_jax import main, run_config, scores, settings, train
-from rspo_jax.runs import Run
+from rspo_jax import main
+from rspo_jax.config import identity, load
+from rspo_jax.reporting import tables
+from rspo_jax.run import loop, settings
+from rspo_jax.run.runs import Run
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUDOKU = str(ROOT / "configs" / "sudoku.py")
@@ -488,10 +491,11 @@ def test_mistakes_end_a_process_with_2_within_5_seconds(tiny, broken, tmp_path):
 # Stands in for the module that imports JAX.
 FIRST_LINE = """
 import sys, types
+from rspo_jax.config import load
 from rspo_jax import main
-train = types.ModuleType("rspo_jax.train")
+train = types.ModuleType("rspo_jax.run.loop")
 train.main = lambda *_: print("jax" in sys.modules, "numpy" in sys.modules)
-sys.modules["rspo_jax.train"] = train
+sys.modules["rspo_jax.run.loop"] = train
 main.main(sys.argv)
 """
 
@@ -519,7 +523,7 @@ def test_overrides_have_the_type_of_their_key():
   command += ["--config.optimizer.learning_rate=1", "--config.data.dir=12"]
   command += ["--config.task.reward_weights.cells=0.5"]
   command += ["--config.run.seed=1", "--config.run.seed=2"]
-  config, name, workdir, mode = main.parse(command)
+  config, name, workdir, mode = load.parse(command)
   assert (name, workdir, mode) == ("sudoku", "", "train")
   assert config.run.steps == 7 and config.mesh.data == -1
   assert config.run.export is False
@@ -533,10 +537,10 @@ def test_overrides_have_the_type_of_their_key():
 
 
 def test_arguments_of_a_config_combine_and_overrides_come_after():
-  config = main.parse(
+  config = load.parse(
     ["x", f"--config={SUDOKU}:smoke,paper_literal", "--config.run.steps=9"]
   )[0]
-  plain = main.parse(["x", f"--config={SUDOKU}"])[0]
+  plain = load.parse(["x", f"--config={SUDOKU}"])[0]
   assert config.run.steps == 9
   assert config.objective.lambda_ == 0.01 != plain.objective.lambda_
   assert config.eval.prompts < plain.eval.prompts
@@ -544,9 +548,9 @@ def test_arguments_of_a_config_combine_and_overrides_come_after():
 
 def test_the_default_workdir_names_the_resolved_config(monkeypatch, capsys):
   given = []
-  monkeypatch.setattr(train, "main", lambda *args: given.append(args) or 0)
+  monkeypatch.setattr(loop, "main", lambda *args: given.append(args) or 0)
   monkeypatch.setattr(main.config_checks, "check_values", lambda config: None)
-  steps = main.parse(["x", f"--config={SUDOKU}"])[0].run.steps
+  steps = load.parse(["x", f"--config={SUDOKU}"])[0].run.steps
   for words in (
     [],
     [f"--config.run.steps={steps}"],
@@ -675,7 +679,7 @@ def test_several_evaluations_are_one_command(tiny, tmp_path, capsys):
     assert line["eval/n"] == sum(row["n"] for row in line["by_difficulty"]) == 5
   # The table over all of them, on the terminal and from the files.
   assert "sampled, 95 %" in err
-  assert scores.main([str(folder)]) == 0
+  assert tables.main([str(folder)]) == 0
   table = capsys.readouterr().out.splitlines()
   assert len(table) == 2 + len(lines)
   header = [cell.strip() for cell in table[0].strip("|").split("|")]
@@ -736,13 +740,13 @@ TEXTS = st.one_of(
 )
 @hypothesis.given(st.data())
 def test_any_override_is_taken_or_refused_in_words(tiny, data):
-  config = main.load_config(SUDOKU)
-  keys = sorted(run_config.flat(config.to_dict()))
+  config = load.load_config(SUDOKU)
+  keys = sorted(identity.flat(config.to_dict()))
   config.model.path = str(tiny.checkpoint)
   for _ in range(data.draw(st.integers(1, 3))):
     key = data.draw(st.sampled_from(keys))
     try:
-      main.override(config, key, data.draw(TEXTS))
+      load.override(config, key, data.draw(TEXTS))
     except ValueError as error:
       assert key in str(error)
       return
@@ -758,7 +762,7 @@ def test_any_override_is_taken_or_refused_in_words(tiny, data):
 @hypothesis.given(st.lists(st.text(max_size=20), max_size=3))
 def test_any_words_are_understood_or_refused_in_words(words):
   try:
-    main.parse(["x", f"--config={SUDOKU}", *words])
+    load.parse(["x", f"--config={SUDOKU}", *words])
   except ValueError as error:
     assert str(error)
 
@@ -784,11 +788,11 @@ JSON = st.recursive(
 )
 @hypothesis.given(JSON.map(lambda x: json.dumps(x).encode()) | st.binary())
 def test_any_config_json_in_a_folder_is_ours_or_refused(tmp_path, content):
-  config = main.load_config(SUDOKU).to_dict()
+  config = load.load_config(SUDOKU).to_dict()
   (tmp_path / "config.json").write_bytes(content)
-  for mode in main.MODES:
+  for mode in load.MODES:
     try:
-      run_config.check_workdir(str(tmp_path), config, mode)
+      identity.check_workdir(str(tmp_path), config, mode)
     except ValueError as error:
       assert str(tmp_path) in str(error)
     else:

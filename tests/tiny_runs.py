@@ -70,7 +70,7 @@ def quick():
   import jax
   from jax.experimental.compilation_cache import compilation_cache
 
-  from rspo_jax import program as program_lib
+  from rspo_jax.run import program as program_lib
 
   build = program_lib.build
   before = jax.config.read("jax_disable_most_optimizations")
@@ -114,12 +114,12 @@ def save_checkpoint(folder: pathlib.Path) -> None:
   """
   import jax
 
-  from rspo_jax.models import fresh, hf_weights
+  from rspo_jax.models import checkpoints, fresh
 
   model = fresh.new_model(SHAPE, jax.random.key(5))
   head = jax.tree.map(lambda x: 10 * x, model.params["head"])
   model = dataclasses.replace(model, params=model.params | {"head": head})
-  hf_weights.save_model(model, folder)
+  checkpoints.save_model(model, folder)
 
 
 def save_puzzles(path: pathlib.Path, count: int = 400) -> None:
@@ -157,10 +157,11 @@ def command(workdir, checkpoint, puzzles, cache, **overrides) -> list[str]:
 
 def program_of(argv: list[str]):
   """The program that a command builds; inside `quick`, the shared one."""
-  from rspo_jax import main, settings
-  from rspo_jax import program as program_lib
+  from rspo_jax.config import load
+  from rspo_jax.run import program as program_lib
+  from rspo_jax.run import settings
 
-  return program_lib.build(settings.build(main.parse(argv)[0], 1))
+  return program_lib.build(settings.build(load.parse(argv)[0], 1))
 
 
 def rows(folder: pathlib.Path) -> list[dict]:
@@ -264,7 +265,7 @@ class CrashError(Exception):
 
 def disturb(monkeypatch, method, step, action):
   """Does `action(run)` once, before a method is called at a step."""
-  from rspo_jax.runs import Run
+  from rspo_jax.run.runs import Run
 
   original, left = getattr(Run, method), [action]
 
@@ -308,7 +309,7 @@ def crash(run):
 
 def newest(folder, program):
   """The newest checkpoint of a run."""
-  from rspo_jax.checkpoint import Checkpointer
+  from rspo_jax.storage.checkpoint import Checkpointer
 
   with Checkpointer(folder / "checkpoints") as checkpointer:
     return checkpointer.restore(program.state_template)

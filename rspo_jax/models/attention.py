@@ -22,7 +22,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import Mesh
 
-from rspo_jax import sharding
+from rspo_jax.devices import sharding
 
 LANES = 128  # of a TPU's vector registers: widths of heads and blocks
 # Queries or keys of one tile: the scores that exist at a time are its square.

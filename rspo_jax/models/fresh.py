@@ -11,8 +11,8 @@ from typing import Any
 import jax
 
 from rspo_jax.models import families, transformer
-from rspo_jax.models.hf_weights import Model
-from rspo_jax.tokenizer import build_word_tokenizer
+from rspo_jax.models.checkpoints import Model
+from rspo_jax.models.tokenizer import build_word_tokenizer
 
 # Rows of the embedding are a multiple of this, so that meshes divide them.
 VOCABULARY_MULTIPLE = 8

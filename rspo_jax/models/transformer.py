@@ -33,7 +33,7 @@ from flax import struct
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, PartitionSpec
 
-from rspo_jax import sharding
+from rspo_jax.devices import sharding
 from rspo_jax.models import attention
 from rspo_jax.models.families import ModelConfig
 

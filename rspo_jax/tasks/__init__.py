@@ -3,15 +3,7 @@
 import difflib
 import functools
 
-from rspo_jax.tasks import (
-  base,
-  countdown,
-  gsm8k,
-  gym,
-  math500,
-  own,
-  sudoku,
-)
+from rspo_jax.tasks import base, countdown, gsm8k, gym, math500, own, sudoku
 
 TASKS: dict[str, base.Task] = {
   task.name: task

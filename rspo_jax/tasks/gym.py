@@ -25,9 +25,8 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 
-from rspo_jax import workers
 from rspo_jax.datasets import files
-from rspo_jax.tasks import answers, base, own
+from rspo_jax.tasks import answers, base, own, workers
 
 PREFIX = "reasoning_gym:"
 WEIGHTS = {"score": 1.0, "format": 0.0}

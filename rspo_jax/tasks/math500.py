@@ -14,9 +14,8 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 
-from rspo_jax import workers
 from rspo_jax.datasets import downloads, files
-from rspo_jax.tasks import answers, base, d1, prompts
+from rspo_jax.tasks import answers, base, d1, prompts, workers
 
 WEIGHTS = {"correct": 1.0, "format": 0.0}
 STYLES = ("compact", *prompts.STYLES)

@@ -25,9 +25,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rspo_jax import workers
 from rspo_jax.datasets import files
-from rspo_jax.tasks import base, prompts
+from rspo_jax.tasks import base, prompts, workers
 
 STYLES = ("compact", "chat", *prompts.STYLES)
 WEIGHTS = {"reward": 1.0}

@@ -1,0 +1,386 @@
+"""Prompts -> completions -> text -> rewards -> targets -> device batch.
+
+The only place where device arrays become text.
+
+1. `make_rollout` (jitted by the caller): repeats prompts G times, denoises.
+2. `to_text`, `judge`: this host's completions as text, and their verdicts.
+3. `assemble`: advantages and targets from the rewards of whole groups, dropped
+   groups moved to the end of their shard, arrays back on the device.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from rspo_jax.algorithm import objectives
+from rspo_jax.algorithm.train_step import RolloutBatch
+from rspo_jax.devices import sharding
+from rspo_jax.sampling import sampler
+from rspo_jax.tasks import base
+
+
+@struct.dataclass
+class Completions:
+  """N = B * G sampled sequences; groups contiguous.
+
+  Attributes:
+    tokens: i32 [N, S].
+    token_mask: bool [N, S], False on left padding.
+    completion_mask: bool [N, L], True through the first EOS.
+    commit_step: i32 [N, L], the forward that committed a position.
+    denoiser_calls: i32 [].
+    forwards: f32 [], the same in forwards of a whole canvas.
+  """
+
+  tokens: jax.Array
+  token_mask: jax.Array
+  completion_mask: jax.Array
+  commit_step: jax.Array
+  denoiser_calls: jax.Array
+  forwards: jax.Array | float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+  """This host's completions, read and judged.
+
+  Attributes:
+    texts: n completions as text.
+    verdicts: one for each.
+  """
+
+  texts: list[str]
+  verdicts: list[base.Verdict]
+
+  @property
+  def rewards(self) -> np.ndarray:
+    """f32 [n]."""
+    return np.asarray([v.reward for v in self.verdicts], np.float32)
+
+  @property
+  def correct(self) -> np.ndarray:
+    """bool [n]."""
+    return np.asarray([v.correct for v in self.verdicts], bool)
+
+  @property
+  def unjudged(self) -> np.ndarray:
+    """bool [n], whose verifier hung, crashed or gave nothing usable."""
+    reasons = [v.reason for v in self.verdicts]
+    return np.asarray([base.NO_VERDICT in reason for reason in reasons], bool)
+
+
+def make_rollout(
+  denoise_fn: Callable,
+  settings: sampler.SamplerSettings,
+  group_size: int,
+  mask_id: int,
+  eos_id: int,
+) -> Callable:
+  """Builds rollout(params, prompts [B, P], prompt_mask [B, P], key).
+
+  Returns a function of device arrays to `Completions` of N = B * G sequences;
+  the caller jits it.
+  """
+  length = settings.completion_length
+
+  def rollout(params, prompts, prompt_mask, key):
+    prompts = jnp.repeat(prompts, group_size, axis=0)  # [N, P]
+    mask = jnp.repeat(prompt_mask, group_size, axis=0)
+    canvas = jnp.pad(prompts, ((0, 0), (0, length)), constant_values=mask_id)
+    mask = jnp.pad(mask, ((0, 0), (0, length)), constant_values=True)
+    out = sampler.denoise(
+      denoise_fn,
+      params,
+      canvas,
+      mask,
+      key,
+      settings,
+      mask_id=mask_id,
+      eos_id=eos_id,
+    )
+    completion = out.tokens[:, -length:]
+    return Completions(
+      tokens=out.tokens,
+      token_mask=mask,
+      completion_mask=sampler.completion_mask(completion, eos_id),
+      commit_step=out.commit_step,
+      denoiser_calls=out.denoiser_calls,
+      forwards=out.forwards,
+    )
+
+  return rollout
+
+
+def make_finish(
+  denoise_fn: Callable,
+  settings: sampler.SamplerSettings,
+  mask_id: int,
+  eos_id: int,
+) -> Callable:
+  """Builds finish(params, out, forward, key): completes partial canvases.
+
+  Every completion goes back to how it stood before forward number `forward`
+  of its rollout (i32 [], 0 <= forward < T) and is denoised from there on.
+  Defined for fixed schedules, whose forwards number the steps of the blocks.
+  """
+  length = settings.completion_length
+
+  def finish(params, out: Completions, forward, key):
+    later = jnp.pad(
+      out.commit_step >= forward,
+      ((0, 0), (out.tokens.shape[1] - length, 0)),
+    )
+    done = sampler.denoise(
+      denoise_fn,
+      params,
+      jnp.where(later, mask_id, out.tokens),
+      out.token_mask,
+      key,
+      settings,
+      mask_id=mask_id,
+      eos_id=eos_id,
+      first_block=forward // settings.block_steps,
+      first_step=forward % settings.block_steps,
+    )
+    return out.replace(
+      tokens=done.tokens,
+      completion_mask=sampler.completion_mask(done.tokens[:, -length:], eos_id),
+      denoiser_calls=done.denoiser_calls,
+      forwards=done.forwards,
+    )
+
+  return finish
+
+
+def to_text(tokenizer, tokens, completion_mask) -> list[str]:
+  """Texts of completions i32 [n, L] up to their first EOS."""
+  return [
+    tokenizer.decode(row[mask].tolist())
+    for row, mask in zip(tokens, completion_mask, strict=True)
+  ]
+
+
+def judge(
+  task: base.Task,
+  examples: Sequence[base.Example],
+  texts: list[str],
+  protocol: str,
+  weights,
+) -> Judged:
+  """Verdicts of n texts on n / G examples, each with G texts in a row."""
+  group_size = len(texts) // max(len(examples), 1)
+  pairs = [(examples[i // group_size], text) for i, text in enumerate(texts)]
+  verdicts = task.judge(pairs, protocol, weights)
+  return Judged(texts=texts, verdicts=verdicts)
+
+
+def verdict_row(verdict: base.Verdict) -> dict:
+  """A verdict as fields of a row of samples/ and eval/."""
+  return {
+    "reward": float(verdict.reward),
+    "correct": bool(verdict.correct),
+    "verdict": {
+      "reward": float(verdict.reward),
+      "correct": bool(verdict.correct),
+      "parts": {key: float(part) for key, part in verdict.parts.items()},
+      "reason": verdict.reason,
+    },
+  }
+
+
+def order_by_keep(keep: np.ndarray, shards: int) -> np.ndarray:
+  """Order of groups [b] that puts kept ones first in each of the shards.
+
+  Kept groups are dealt to the shards in turn, so that every shard has as many
+  to do as the others.
+  """
+  kept = np.flatnonzero(keep)
+  dropped = np.flatnonzero(~keep)
+  size = len(keep) // shards
+  piles = [list(kept[shard::shards]) for shard in range(shards)]
+  rest = iter(dropped)
+  for pile in piles:
+    pile.extend(next(rest) for _ in range(size - len(pile)))
+  return np.concatenate([np.asarray(pile, int) for pile in piles])
+
+
+def scope_masks(completion_mask, token_mask, scope: str):
+  """Which completion tokens are scored, and which of the canvas are seen.
+
+  Args:
+    completion_mask: bool [n, L], True through the first EOS; numpy or jax.
+    token_mask: bool [n, S], False on left padding; of the same kind.
+    scope: as in likelihood.LikelihoodSettings.
+
+  Returns:
+    (scored [n, L], seen [n, S]).
+  """
+  length = completion_mask.shape[1]
+  if scope == "canvas":
+    return completion_mask | True, token_mask
+  if scope == "completion":
+    xp = jnp if isinstance(token_mask, jax.Array) else np
+    before, after = token_mask[:, :-length], token_mask[:, -length:]
+    return completion_mask, xp.concatenate(
+      [before, after & completion_mask], axis=1
+    )
+  return completion_mask, token_mask
+
+
+def metrics(
+  judged: Judged, ended: np.ndarray, has_eos: np.ndarray, group: int
+) -> dict[str, float]:
+  """Metrics of a rollout, over the completions of all processes.
+
+  Args:
+    judged: verdicts of this process's n completions, groups contiguous.
+    ended: bool [n, L], True through the first EOS.
+    has_eos: bool [n], whether a completion has one.
+    group: completions of a prompt, G.
+  """
+  distinct = [
+    len(set(judged.texts[i : i + group])) / group
+    for i in range(0, len(judged.texts), group)
+  ]
+  table = np.stack(
+    [
+      judged.rewards,
+      judged.correct,
+      ended.sum(1),
+      has_eos,
+      np.repeat(distinct, group),
+      judged.unjudged,
+      [not text.strip() for text in judged.texts],
+    ],
+    axis=1,
+  ).astype(np.float32)
+  rewards, correct, length, eos, distinct, unjudged, empty = (
+    sharding.gather_rows(table).astype(np.float64).T
+  )
+  return {
+    "reward/mean": float(rewards.mean()),
+    "reward/std": float(rewards.std()),
+    "reward/equal_groups": float(
+      objectives.equal_groups(rewards.reshape(-1, group)).mean()
+    ),
+    "reward/correct": float(correct.mean()),
+    "reward/no_verdict": float(unjudged.mean()),
+    "rollout/length_mean": float(length.mean()),
+    "rollout/eos_share": float(eos.mean()),
+    "rollout/empty_share": float(empty.mean()),
+    "rollout/distinct_share": float(distinct.mean()),
+  }
+
+
+def assemble(
+  tokens: np.ndarray,
+  token_mask: np.ndarray,
+  completion_mask: np.ndarray,
+  judged: Judged,
+  objective: objectives.ObjectiveSettings,
+  *,
+  normalize: bool,
+  skip_equal_groups: bool,
+  scope: str,
+  shards: int,
+  first_row: int = 0,
+  commit_step: np.ndarray | None = None,
+  lambda_: float | None = None,
+  finished: np.ndarray | None = None,
+  keep_groups: int = 0,
+) -> RolloutBatch:
+  """Host arrays of a step: advantages, targets, what is scored and seen.
+
+  Args:
+    tokens, token_mask: [n, S] of this host, groups contiguous.
+    completion_mask: bool [n, L], through the first EOS.
+    judged: verdicts of the n completions.
+    objective: its advantage function, lambda and group size.
+    normalize: divide advantages by the group's standard deviation.
+    skip_equal_groups: drop groups whose advantages are all zero.
+    scope: as in likelihood.LikelihoodSettings.
+    shards: this host's shards of the batch.
+    first_row: place of this host's first completion in the whole rollout.
+    commit_step: i32 [n, L], for mask schemes that follow the sampler.
+    lambda_: of this step, where it follows a target share.
+    finished: f32 [F, n], rewards of completions of partial canvases, for
+      objectives that look at them.
+    keep_groups: groups of this host that are kept at most; 0: all.
+
+  Returns:
+    `RolloutBatch` of numpy arrays, kept groups first in every shard; in the
+    rollout's order where nothing can be dropped.
+  """
+  group = objective.group_size
+  rewards = judged.rewards.reshape(-1, group)  # [b, G]
+  correct = judged.correct.reshape(-1, group)
+
+  def advantages_of(rewards, correct):
+    entry = objectives.OBJECTIVES[objective.name]
+    advantages = entry.advantages(rewards, correct, normalize)
+    if objective.solved_advantage:
+      advantages = objectives.solved_advantages(
+        advantages, correct, objective.solved_advantage
+      )
+    return advantages
+
+  advantages = advantages_of(rewards, correct)
+  if keep_groups and skip_equal_groups:
+    surplus = np.flatnonzero((advantages != 0).any(1))[keep_groups:]
+    if len(surplus):
+      # Anew: some advantages are relative to all completions that are kept.
+      rest = np.setdiff1d(np.arange(len(rewards)), surplus)
+      advantages = np.zeros_like(advantages)
+      advantages[rest] = advantages_of(rewards[rest], correct[rest])
+  if finished is not None:
+    finished = finished.reshape(len(finished), -1, group)
+    advantages = objectives.process_advantages(advantages, rewards, finished)
+  targets = objectives.targets(
+    advantages, objective.lambda_ if lambda_ is None else lambda_
+  )
+  keep = np.ones(len(rewards), bool)
+  order = np.arange(len(rewards))
+  if skip_equal_groups:
+    keep = (advantages != 0).any(1)
+    order = order_by_keep(keep, shards)
+  rows = (order[:, None] * group + np.arange(group)).reshape(-1)
+  scored, seen = scope_masks(completion_mask, token_mask, scope)
+  return RolloutBatch(
+    tokens=tokens[rows],
+    token_mask=seen[rows],
+    completion_mask=scored[rows],
+    advantage=advantages.reshape(-1)[rows],
+    target=targets.reshape(-1)[rows],
+    keep=np.repeat(keep, group).astype(np.float32)[rows],
+    row=(first_row + rows).astype(np.int32),
+    commit_step=None if commit_step is None else commit_step[rows],
+    lambda_=None
+    if lambda_ is None
+    else np.full(len(rows), lambda_, np.float32),
+  )
+
+
+def present(
+  out: Completions, scope: str, with_trace: bool = False
+) -> RolloutBatch:
+  """Completions as a batch without rewards: what is scored and seen.
+
+  The same masks as `assemble` gives, on the device and in the rollout's
+  order, for scores that are computed before the rewards are known.
+  """
+  n = len(out.tokens)
+  scored, seen = scope_masks(out.completion_mask, out.token_mask, scope)
+  return RolloutBatch(
+    tokens=out.tokens,
+    token_mask=seen,
+    completion_mask=scored,
+    advantage=jnp.zeros(n),
+    target=jnp.zeros(n),
+    keep=jnp.ones(n),
+    row=jnp.arange(n, dtype=jnp.int32),
+    commit_step=out.commit_step if with_trace else None,
+  )

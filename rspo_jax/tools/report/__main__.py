@@ -1,0 +1,7 @@
+"""`python -m rspo_jax.report`."""
+
+import sys
+
+from rspo_jax.tools.report.report import main
+
+sys.exit(main())

@@ -1,0 +1,224 @@
+"""Rollouts one step behind: whose completions they are, and that none is lost."""
+
+import functools
+import json
+import types
+
+import jax
+import numpy as np
+import pytest
+import tiny_runs
+
+from rspo_jax import main
+from rspo_jax.algorithm import train_step
+from rspo_jax.run import loop
+from rspo_jax.run import program as program_lib
+from rspo_jax.run.runs import Run
+from rspo_jax.storage.checkpoint import Checkpointer
+
+STEPS = tiny_runs.SMALL["run.steps"]
+RSPO = {"rollout__stale_steps": 1, "run__checkpoint_every": 1}
+RSPO |= {"run__keep_checkpoints": STEPS}
+# A ratio, several updates, groups dropped, two passes.
+ESPO = RSPO | {
+  "objective__name": "espo",
+  "objective__kl_weight": 0.1,
+  "objective__skip_equal_groups": True,
+  "train__updates_per_rollout": 2,
+  "train__passes": "two",
+}
+# A ratio and nothing more.
+GDPO = RSPO | {"objective__name": "gdpo", "objective__clip": 0.5}
+CASES = {"rspo": RSPO, "espo": ESPO, "gdpo": GDPO}
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, tmp_path_factory):
+  """Folder of an undisturbed run of each case, made when it is asked for."""
+
+  @functools.cache
+  def made(name):
+    folder = tmp_path_factory.mktemp(name) / "run"
+    with tiny_runs.quick():
+      assert main.main(tiny(folder, **CASES[name])) == 0
+    return folder
+
+  return made
+
+
+def kept(folder, program, step):
+  """The state of a step, with what waits for the next one."""
+  if not step:
+    return program_lib.fresh_state(program)
+  with Checkpointer(folder / "checkpoints") as checkpointer:
+    template = functools.partial(loop.template_of, program)
+    return checkpointer.restore(template, step).state
+
+
+def shown(folder, step):
+  """Prompts and completions of the rollout of a step, as samples/ has them."""
+  path = folder / "samples" / f"train-{step + 1:06d}.jsonl"
+  rows = [json.loads(line) for line in path.open()]
+  return [(row["prompt"], row["completion"]) for row in rows]
+
+
+def sampled_by(program, params, step):
+  """The same, sampled here."""
+  settings = program.settings
+  run = types.SimpleNamespace(settings=settings, program=program)
+  batch = loop.open_batches(run)[step]
+  key = train_step.stream_key(settings.run.seed, step, train_step.ROLLOUT)
+  with program.mesh:
+    out = program.rollout_fn(
+      program.policy(params), batch.tokens, batch.mask, key
+    )
+  ended = np.asarray(out.completion_mask)
+  tokens = np.asarray(out.tokens)[:, -ended.shape[1] :]
+  texts = program.to_text(tokens, ended)
+  size = settings.rollout.group_size
+  prompts = [
+    program.prompt(batch.examples[i // size]) for i in range(len(texts))
+  ]
+  return list(zip(prompts, texts, strict=True))
+
+
+def test_the_first_step_is_that_of_a_run_on_policy(runs, whole):
+  one, other = tiny_runs.repeatable(runs("rspo")), tiny_runs.repeatable(whole)
+  assert one[:2] == other[:2]
+  for step, same in ((0, True), (1, False)):
+    assert (shown(runs("rspo"), step) == shown(whole, step)) == same
+
+
+def test_completions_are_those_of_the_parameters_before_the_last_update(
+  runs, tiny
+):
+  folder = runs("rspo")
+  program = tiny_runs.program_of(tiny("unused", **RSPO))
+  states = [kept(folder, program, step) for step in range(STEPS)]
+  own = []
+  for step in range(STEPS - 1):
+    expected = shown(folder, step + 1)
+    assert sampled_by(program, states[step].params, step + 1) == expected
+    own.append(sampled_by(program, states[step + 1].params, step + 1))
+  assert own != [shown(folder, step + 1) for step in range(STEPS - 1)]
+
+
+@pytest.mark.parametrize("name", ["espo", "gdpo"])
+def test_ratios_are_to_the_parameters_that_sampled(name, runs, tiny):
+  folder = runs(name)
+  program = tiny_runs.program_of(tiny("unused", **CASES[name]))
+  seed = program.settings.run.seed
+  for step in (1, 3):
+    before, state = (kept(folder, program, s) for s in (step - 1, step))
+    assert len(state.ahead["old"]) == program.settings.step.updates_per_rollout
+    with program.mesh:
+      batch = program.present_fn(state.ahead["completions"])
+      key = train_step.stream_key(seed, step, train_step.MASKS)
+      for update, old in enumerate(state.ahead["old"]):
+        own = jax.random.fold_in(key, update) if update else key
+        expected = program.estimate_fn(before.params, batch, own)
+        np.testing.assert_array_equal(old, expected)
+        assert (old != program.estimate_fn(state.params, batch, own)).any()
+  assert kept(folder, program, STEPS).ahead is None
+
+
+def test_the_first_ratio_is_one_and_later_ones_are_not(runs):
+  rows = tiny_runs.rows(runs("gdpo"))
+  assert rows[1]["ratio/mean"] == pytest.approx(1.0, abs=1e-5)
+  for row in rows[2:]:
+    assert abs(row["ratio/mean"] - 1.0) > 1e-4
+
+
+def test_scores_of_older_parameters_cover_all_and_are_counted(runs):
+  for row in tiny_runs.rows(runs("espo"))[1:]:
+    kept_share = row["update/kept_share"]
+    # Of two masks: reference and policy of two updates, and the older policy's.
+    expected = 2 * ((2 + 2) * kept_share + 2)
+    assert row["compute/score"] == pytest.approx(expected)
+
+
+CUTS = [
+  ("train_one", 0, "stop"),
+  ("stop_if_asked", 0, "stop"),
+  ("train_one", 2, "stop"),
+  ("stop_if_asked", 2, "stop"),
+  # The rollout of the step after it is under way.
+  ("sample", 3, "stop"),
+  ("train_one", 3, "crash"),
+  ("update", 3, "crash"),
+  ("evaluate", 4, "stop"),
+]
+
+
+@pytest.mark.parametrize(
+  ("name", "method", "step", "action"),
+  [*(("rspo", *cut) for cut in CUTS), *(("espo", *cut) for cut in CUTS[3:7])],
+)
+def test_a_run_that_was_cut_off_goes_on_as_if_it_had_not_been(
+  name, method, step, action, runs, tiny, tmp_path, monkeypatch
+):
+  whole, argv = runs(name), tiny(tmp_path / "run", **CASES[name])
+  act = {"stop": tiny_runs.ask_to_stop, "crash": tiny_runs.crash}[action]
+  tiny_runs.disturb(monkeypatch, method, step, act)
+  if action == "crash":
+    with pytest.raises(tiny_runs.CrashError):
+      main.main(argv)
+  else:
+    assert main.main(argv) == 75
+  assert main.main(argv) == 0
+  program = tiny_runs.program_of(argv)
+  tiny_runs.assert_same_run(tmp_path / "run", whole, program)
+
+
+def test_a_run_that_is_stopped_at_every_step_arrives_all_the_same(
+  runs, tiny, tmp_path, monkeypatch
+):
+  whole, argv = runs("espo"), tiny(tmp_path, **ESPO)
+  for step in range(STEPS):
+    tiny_runs.disturb(monkeypatch, "train_one", step, tiny_runs.ask_to_stop)
+    assert main.main(argv) == 75
+  assert main.main(argv) == 0
+  tiny_runs.assert_same_run(tmp_path, whole, tiny_runs.program_of(argv))
+
+
+def test_the_next_rollout_is_begun_before_the_rewards(
+  runs, tiny, tmp_path, monkeypatch
+):
+  runs("rspo")  # compiled by then
+  methods = ("sample", "complete", "scores", "update")
+  events = tiny_runs.noted(
+    monkeypatch,
+    rewards=(program_lib.Program, "judge"),
+    **{name: (Run, name) for name in methods},
+  )
+  short = {"run__steps": 3, "eval__every": 0}
+  assert main.main(tiny(tmp_path / "run", **RSPO | short)) == 0
+  first = events.index("sample")
+  last = len(events) - events[::-1].index("update")
+  own = ["sample", "complete"]
+  middle = ["sample", "rewards", "complete", "scores", "update"]
+  final = ["complete", "rewards", "scores", "update"]
+  expected = [*own, *middle, "complete", *middle, *final]
+  assert events[first:last] == expected
+
+
+def test_a_checkpoint_is_evaluated_and_goes_on_with_or_without_what_waits(
+  tiny, tmp_path, monkeypatch, capsys
+):
+  argv = tiny(tmp_path / "run", **RSPO)
+  tiny_runs.disturb(monkeypatch, "train_one", 2, tiny_runs.ask_to_stop)
+  assert main.main(argv) == 75
+  on_policy = tiny(
+    tmp_path / "run",
+    **RSPO | {"rollout__stale_steps": 0, "run__accept_changes": True},
+  )
+  for command in (argv, on_policy):
+    capsys.readouterr()
+    assert main.main([*command, "--mode=eval"]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 2
+  assert main.main(on_policy) == 0
+  program = tiny_runs.program_of(on_policy)
+  state = kept(tmp_path / "run", program, 2)
+  assert shown(tmp_path / "run", 2) == sampled_by(program, state.params, 2)

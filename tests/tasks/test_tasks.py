@@ -1,0 +1,1007 @@
+"""Verifiers against recordings, hand-made cases and Python itself."""
+
+import fractions
+import json
+import os
+import random
+import re
+import time
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from rspo_jax.tasks import TASKS, answers, base, d1, workers
+from rspo_jax.tasks import math500 as math500_module
+
+COUNTDOWN = {"ground_truth": [[3, 4, 5], 23], "solution": "3+4*5"}
+SUDOKU = {"puzzle": "0310200404001043", "ground_truth": "4312213434211243"}
+TWO_SOLUTIONS = {
+  "puzzle": "0034300143100040",
+  "ground_truth": "2134342143121243",
+}
+GSM8K = {"question": "How many?", "ground_truth": 18.0, "answer_string": "18"}
+MATH500 = {"question": "How much?", "ground_truth": "\\frac{1}{2}"}
+EXAMPLES = {
+  "countdown": COUNTDOWN,
+  "sudoku": SUDOKU,
+  "gsm8k": GSM8K,
+  "math500": MATH500,
+}
+GENERATED = ("countdown", "sudoku")
+# Verifiers that run in process, in time linear in the completion.
+LINEAR = [
+  (task, protocol)
+  for task in EXAMPLES
+  for protocol in base.PROTOCOLS
+  if (task, protocol) != ("math500", "strict")
+]
+
+
+def countdown(completion, *arguments, **options):
+  return TASKS["countdown"].verify(COUNTDOWN, completion, *arguments, **options)
+
+
+def sudoku(completion, *arguments, **options):
+  return TASKS["sudoku"].verify(SUDOKU, completion, *arguments, **options)
+
+
+def gsm8k(completion, *arguments, **options):
+  return TASKS["gsm8k"].verify(GSM8K, completion, *arguments, **options)
+
+
+def math500(completion, *arguments, **options):
+  return TASKS["math500"].verify(MATH500, completion, *arguments, **options)
+
+
+def rows_of(path):
+  with open(path, encoding="utf-8") as handle:
+    return [json.loads(line) for line in handle]
+
+
+class TestArithmetic:
+  @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+      ("7", 7),
+      ("1/3*3", 1),
+      ("2-3-4", -5),
+      ("2-(3-4)", 3),
+      ("12/4/3", 1),
+      ("12/(4/3)", 9),
+      ("-3+5", 2),
+      ("2*-3", -6),
+      ("--2", 2),
+      ("+(-(3))*2", -6),
+      (" 1 +\t2\n*3 ", 7),
+      ("1/2+1/3", fractions.Fraction(5, 6)),
+    ],
+  )
+  def test_value(self, text, value):
+    found = answers.evaluate(answers.tokens(text))
+    assert fractions.Fraction(*found) == value
+
+  @pytest.mark.parametrize(
+    "text",
+    [
+      "", "()", "1+", "*1", "1 2", "2(3)", "(1)(2)", "(1", "1)", "1**2", "1//2",
+      "1.5", ".5", "1/0", "1/(2-2)", "007", "1_0", "1e3", "0x1", "1j", "a",
+      "9" * 19, "1,2", "٣+٤", "1;2", "(" * 5000, "1+" * 5000 + "1",
+    ],
+  )  # fmt: skip
+  def test_what_is_no_expression_is_refused(self, text):
+    with pytest.raises(answers.MalformedError):
+      answers.evaluate(answers.tokens(text))
+
+  @hypothesis.given(st.text(alphabet="0123456789+-*/() ", max_size=24))
+  @hypothesis.settings(max_examples=1000, deadline=None)
+  @pytest.mark.filterwarnings("ignore::SyntaxWarning")
+  def test_agrees_with_python_on_exact_fractions(self, text):
+    try:
+      ours = fractions.Fraction(*answers.evaluate(answers.tokens(text)))
+    except answers.MalformedError:
+      ours = None
+    theirs = None
+    if "**" not in text and "//" not in text:
+      wrapped = re.sub(r"\d+", r"F('\g<0>')", text.strip())
+      try:
+        theirs = eval(wrapped, {"F": fractions.Fraction})
+      except (SyntaxError, TypeError, ZeroDivisionError):
+        theirs = None
+      leading_zero = re.search(r"(?<!\d)0\d", text)
+      if leading_zero or not isinstance(theirs, fractions.Fraction):
+        theirs = None
+    assert ours == theirs
+
+
+class TestExtraction:
+  @pytest.mark.parametrize(
+    ("text", "content"),
+    [
+      ("<answer>a</answer>", "a"),
+      ("<answer>a</answer><answer>b</answer>", "b"),
+      ("<answer>a<answer>b</answer>", "b"),
+      ("<answer>a</answer> </answer>", "a"),
+      ("<answer>a</answer><answer>b", "a"),
+      ("<answer></answer>", ""),
+      ("<answer>a", None),
+      ("a</answer>", None),
+      ("</answer><answer>", None),
+      ("", None),
+    ],
+  )
+  def test_last_tag(self, text, content):
+    assert answers.last_tag(text) == content
+
+  @pytest.mark.parametrize(
+    ("text", "content"),
+    [
+      (r"\boxed{a}", "a"),
+      (r"\boxed{a} \boxed{b}", "b"),
+      (r"\boxed{\boxed{a}}", "a"),
+      (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+      (r"\boxed {a}", "a"),
+      (r"\boxed{a", None),
+      (r"\boxed", None),
+      ("a", None),
+    ],
+  )
+  def test_last_box(self, text, content):
+    assert answers.last_box(text) == content
+
+  def test_special_tokens_are_taken_out(self):
+    assert countdown("3+4*5<|eot_id|><|endoftext|>").correct
+    assert countdown("<answer>3+4*5<|endoftext|></answer>").correct
+    assert not countdown("3+4*<|endoftext|>5<|endoftext|>9").correct
+    assert not countdown("3+4*1<|endoftext|>5").correct
+
+
+class TestCountdown:
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "3+4*5",
+      " (4 * 5) + 3\n",
+      "<answer>3+4*5</answer>",
+      "<reasoning>1</reasoning><answer>1</answer><answer>3+4*5</answer>",
+      r"<answer>\boxed{3+4*5}</answer>",
+      r"\boxed{3+4*5}",
+      r"so \boxed {4 \times 5 + 3}",
+      r"<answer>$4 \cdot 5 + 3$</answer>",
+      r"<answer>\(4 \cdot 5 + 3\)</answer>",
+      "<answer>3 + [4 × 5] = 23</answer>",
+      "5*4--3",
+    ],
+  )
+  def test_right_answers(self, completion):
+    verdict = countdown(completion)
+    assert verdict.correct and verdict.reward == 1.0, verdict
+    assert verdict.parts == {"correct": 1.0, "numbers": 1.0}
+
+  @pytest.mark.parametrize(
+    "completion", ["3+4+5", "3-4*5", "<answer>3+4*5=24</answer>", "3/4/5"]
+  )
+  def test_right_numbers_that_miss_get_a_tenth(self, completion):
+    verdict = countdown(completion)
+    assert not verdict.correct and verdict.reward == 0.1, verdict
+    assert verdict.parts == {"correct": 0.0, "numbers": 1.0}
+
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "",
+      "23",
+      "3+4",
+      "3+4*5+0",
+      "3+4*5*1",
+      "3+4*5.",
+      "34*5",
+      "3 4 5",
+      "3**4*5",
+      "23=3+4*5",
+      "3+4*5=",
+      "it is 3+4*5",
+      "<answer></answer>3+4*5",
+      "<answer>3+4*5</answer><answer>3</answer>",
+      "3+4*5 = 23 = 24",
+      "3/(4-4)*5",
+    ],
+  )
+  def test_wrong_answers(self, completion):
+    verdict = countdown(completion)
+    assert not verdict.correct, verdict
+    if completion not in ("3+4*5=", "3+4*5 = 23 = 24"):
+      assert verdict.reward == 0.0, verdict
+
+  def test_a_value_off_by_less_than_a_tolerance_is_wrong(self):
+    example = {"ground_truth": [[1, 100001, 5], 5]}
+    assert not TASKS["countdown"].verify(example, "1/100001+5").correct
+
+  def test_weights_change_the_reward_and_unknown_ones_are_named(self):
+    weights = {"numbers": 0.5, "correct": 1.5}
+    assert countdown("3+4*5", weights=weights).reward == 2.0
+    assert countdown("3+4+5", weights=weights).reward == 0.5
+    assert countdown("3+4+5", weights={"numbers": 0.0}).reward == 0.0
+    with pytest.raises(ValueError, match=r"'form'.*correct, numbers"):
+      countdown("3+4*5", weights={"form": 1.0})
+
+  def test_the_reason_names_what_is_wrong(self):
+    assert "gives 12, not 23" in countdown("3+4+5").reason
+    assert "[3, 4]" in countdown("3+4").reason
+    assert "'a'" in countdown("a").reason
+
+  def test_demonstrations_are_right_and_corrupt_ones_use_the_numbers(
+    self, examples
+  ):
+    task, rng = TASKS["countdown"], np.random.default_rng(0)
+    right = 0
+    for example in examples["countdown"]:
+      assert task.verify(example, task.demonstration(example)).correct
+      verdict = task.verify(example, task.corrupt(example, rng))
+      assert verdict.parts["numbers"] == 1.0 or "zero" in verdict.reason
+      right += verdict.correct
+    assert right / len(examples["countdown"]) < 0.1
+
+  def test_the_compact_prompt(self):
+    assert TASKS["countdown"].prompt(COUNTDOWN, "compact") == "3,4,5=23"
+
+  @pytest.mark.parametrize(
+    ("row", "example"),
+    [
+      ({"input": "30,100,93", "output": "23"}, [[30, 100, 93], 23]),
+      ({"nums": [82, 93, 48], "target": 37}, [[82, 93, 48], 37]),
+    ],
+  )
+  def test_published_rows_are_read(self, tmp_path, row, example):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    (loaded,) = TASKS["countdown"].load("test", settings)
+    assert loaded == {"ground_truth": example}
+    with pytest.raises(ValueError, match="without a solution"):
+      TASKS["countdown"].demonstration(loaded)
+
+  @pytest.mark.parametrize(
+    ("row", "message"),
+    [
+      ({"input": "30,x", "output": "23"}, r"a.jsonl:2: expected whole numbers"),
+      ({"input": "30,1.5", "output": "23"}, r"a.jsonl:2: expected whole"),
+      ({"input": "30,-1", "output": "23"}, r"a.jsonl:2: .*negative"),
+      ({"input": "30,1", "output": "?"}, r"a.jsonl:2: expected whole numbers"),
+      ({"input": "30,1", "output": None}, r"a.jsonl:2: expected whole numbers"),
+      ({"input": 7, "output": "1"}, r"a.jsonl:2: expected whole numbers"),
+      ({"nums": [], "target": 1}, r"a.jsonl:2: expected one number"),
+      ({"numbers": [1, True], "target": 1}, r"a.jsonl:2: expected whole"),
+      ({"output": "23"}, r"a.jsonl:2: expected a field 'input'"),
+      (
+        {"nums": [1, 2], "target": 3, "solution": "1+1"},
+        r"a.jsonl:2: the solution '1\+1'",
+      ),
+    ],
+  )
+  def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
+    good = '{"input": "1,2", "output": "3"}\n'
+    (tmp_path / "a.jsonl").write_text(good + json.dumps(row) + "\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match=message):
+      TASKS["countdown"].load("test", settings)
+
+
+class TestSudoku:
+  def test_the_solution_in_each_form(self):
+    gold = SUDOKU["ground_truth"]
+    spaced = "\n".join(" ".join(gold[i : i + 4]) for i in range(0, 16, 4))
+    for text in (gold, spaced, f"<answer>\n{gold}\n</answer>",
+                 f"x <answer>{spaced}</answer> y"):  # fmt: skip
+      verdict = sudoku(text)
+      assert verdict.correct and verdict.reward == 1.0, verdict
+      assert verdict.parts["exact"] == verdict.parts["accuracy"] == 1.0
+
+  def test_another_valid_solution_is_correct_and_not_exact(self):
+    verdict = TASKS["sudoku"].verify(TWO_SOLUTIONS, "1234342143122143")
+    assert verdict.correct and verdict.reward == 1.0
+    assert verdict.parts["valid"] == 1.0 and verdict.parts["exact"] == 0.0
+    assert verdict.parts["accuracy"] == 0.5
+
+  def test_an_overwritten_clue_is_not_correct(self):
+    gold = SUDOKU["ground_truth"]
+    wrong = gold[0] + "4" + gold[2:]
+    verdict = sudoku(wrong)
+    assert not verdict.correct and verdict.parts["accuracy"] == 1.0
+    assert "clue" in verdict.reason
+
+  def test_the_share_of_empty_cells_is_counted(self):
+    gold, puzzle = SUDOKU["ground_truth"], SUDOKU["puzzle"]
+    cell = puzzle.index("0")
+    wrong = gold[:cell] + ("1" if gold[cell] != "1" else "2") + gold[cell + 1 :]
+    share = (puzzle.count("0") - 1) / puzzle.count("0")
+    assert sudoku(wrong).parts["accuracy"] == pytest.approx(share)
+    assert sudoku(wrong).reward == pytest.approx(share)
+
+  def test_a_wrong_number_of_digits_is_not_correct(self):
+    gold = SUDOKU["ground_truth"]
+    for text in (gold[:-1], gold + "1", gold * 2):
+      assert not sudoku(f"<answer>{text}</answer>").correct
+
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "",
+      "the grid is 4312213434211243",
+      "<answer>4312213434211243",
+      "<answer></answer>4312213434211243",
+      "<answer>4312213434211243</answer><answer>0310200404001043</answer>",
+      "0000000000000000",
+      "０" * 16,
+      "４３１２２１３４３４２１１２４３",
+    ],
+  )
+  def test_what_is_no_answer_scores_nothing(self, completion):
+    verdict = sudoku(completion)
+    assert not verdict.correct and verdict.reward == 0.0, verdict
+
+  def test_weights_change_the_reward(self):
+    weights = {"cells": 0.0, "valid": 1.0}
+    assert sudoku(SUDOKU["ground_truth"], weights=weights).reward == 1.0
+    assert sudoku("1" * 16, weights=weights).reward == 0.0
+
+  def test_corrupt_demonstrations_keep_clues_and_redraw_half_the_rest(
+    self, examples
+  ):
+    task, rng = TASKS["sudoku"], np.random.default_rng(0)
+    empties = right = 0
+    for example in examples["sudoku"]:
+      puzzle = example["puzzle"]
+      assert task.verify(example, task.demonstration(example)).correct
+      text = task.corrupt(example, rng)
+      assert len(text) == 16 and set(text) <= set("1234")
+      assert all(p in ("0", c) for p, c in zip(puzzle, text, strict=True))
+      share = task.verify(example, text).parts["accuracy"]
+      empties += puzzle.count("0")
+      right += share * puzzle.count("0")
+    # Kept with 1/2, redrawn alike with 1/8; standard error is 0.0053.
+    assert abs(right / empties - 0.625) < 0.027
+
+  def test_published_rows_are_read(self, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("Puzzle,Solution\n0310200404001043,4312213434211243\n")
+    settings = base.DataSettings(source=str(path))
+    assert TASKS["sudoku"].load("test", settings) == [SUDOKU]
+
+  @pytest.mark.parametrize(
+    ("row", "message"),
+    [
+      ("310200404001043,4312213434211243", r"a.csv:2: .*leading zeros"),
+      ("0310200404001045,4312213434211243", r"a.csv:2: expected a puzzle"),
+      ("0310200404001043,4312213434211244", r"a.csv:2: the solution"),
+      ("0310200404001043,1234341221434321", r"a.csv:2: the solution"),
+      ("0310200404001043", r"a.csv:2: .*Puzzle,Solution"),
+    ],
+  )
+  def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
+    (tmp_path / "a.csv").write_text(f"Puzzle,Solution\n{row}\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.csv"))
+    with pytest.raises(ValueError, match=message):
+      TASKS["sudoku"].load("test", settings)
+
+
+class TestGsm8k:
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "18",
+      "18.0",
+      "$18",
+      "#### 18",
+      "it is 17 #### 18",
+      r"\boxed{18}",
+      r"\boxed{17} no, \boxed{18}",
+      r"<answer>\boxed{18}</answer>",
+      r"<answer>\boxed{18\n</answer>",
+      "<answer>18</answer>",
+      "<answer>17</answer><answer>$18.00</answer>",
+      "<answer>18 apples</answer>",
+      r"<answer>\boxed{18\text{ apples}}</answer>",
+      r"\boxed{\frac{36}{2}}",
+      r"\boxed{-\frac{-36}{2}}",
+      "<answer>36/2</answer>",
+      r"\boxed{9 + 9 = 18}",
+      r"\boxed{18\%}",
+    ],
+  )
+  def test_right_answers(self, completion):
+    verdict = gsm8k(completion.replace("\\n", "\n"))
+    assert verdict.correct and verdict.reward == 1.0, verdict
+    assert verdict.parts == {"correct": 1.0, "format": 1.0}
+
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "",
+      "the answer is 18",
+      "-18",
+      "17.9",
+      "181",
+      "<answer></answer>18",
+      "<answer>18</answer><answer>17</answer>",
+      r"\boxed{}18",
+      r"\boxed{18",
+      r"\boxed{18} \boxed{18",
+      r"\boxed{1_8}",
+      r"\boxed{18 19 20}",
+      r"\boxed{18:00 pm}",
+      r"\boxed{nan}",
+      r"\boxed{Infinity}",
+      r"\boxed{\frac{18}{0}}",
+      r"\boxed{2\frac{18}{1}}",
+      "<answer>18/0</answer>",
+      "<answer>1,8</answer>",
+      "<answer>0018 0</answer>",
+      "<answer>" + "1" * 500 + "</answer>",
+      "１８",
+    ],
+  )
+  def test_wrong_answers(self, completion):
+    verdict = gsm8k(completion)
+    assert not verdict.correct and verdict.reward == 0.0, verdict
+
+  def test_thousands_and_signs_of_the_gold_answer_count(self):
+    example = {"answer_string": "-1,234", "ground_truth": None}
+    verify = TASKS["gsm8k"].verify
+    assert verify(example, r"\boxed{-1234}").correct
+    assert verify(example, r"\boxed{-\$1,234.00}").correct
+    assert not verify(example, r"\boxed{1234}").correct
+
+  def test_the_format_can_be_rewarded(self):
+    assert gsm8k("<answer>7</answer>", weights={"format": 0.25}).reward == 0.25
+
+  def test_canonical_rows_are_read(self, shared):
+    settings = base.DataSettings(
+      source=str(shared / "data/gsm8k_{split}.jsonl")
+    )
+    assert len(TASKS["gsm8k"].load("test", settings)) == 1319
+    assert len(TASKS["gsm8k"].load("train", settings)) == 7473
+
+  @pytest.mark.parametrize(
+    ("row", "message"),
+    [
+      ({"question": "a", "answer": "18"}, r"a.jsonl:1: .*#### number"),
+      ({"question": "a", "answer": "#### x"}, r"a.jsonl:1: expected a number"),
+      ({"question": "a"}, r"a.jsonl:1: expected a field 'answer'"),
+    ],
+  )
+  def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match=message):
+      TASKS["gsm8k"].load("test", settings)
+
+
+class TestMath500:
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "0.5",
+      r"\boxed{\frac{1}{2}}",
+      r"<answer>\boxed{\dfrac12}</answer>",
+      r"<answer>\frac{2}{4}</answer>",
+      r"<answer>\boxed{0.5</answer>",
+      r"\boxed{3} no, \boxed {.5}",
+      r"so \boxed 0.5$ it is",
+      r"<answer>\boxed{ \frac { 50 } { 100 } }</answer><|eot_id|>",
+    ],
+  )
+  def test_answers_that_need_no_worker(self, completion, monkeypatch):
+    monkeypatch.setattr(math500_module, "_ask", None)
+    verdict = math500(completion)
+    assert verdict.correct and verdict.reward == 1.0, verdict
+    assert verdict.parts == {"correct": 1.0, "format": 1.0}
+
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "",
+      "the answer is 0.5",
+      r"\boxed{1}",
+      r"\boxed{0.5",
+      r"\boxed{0.5} or \boxed{",
+      r"\boxed{\frac{1}{0}}" + " " * 100 + r"\boxed{2}",
+      "<answer></answer>0.5",
+      "<answer>0.5</answer><answer>2</answer>",
+      r"\boxed{9^{9^{9}}}",
+      r"\boxed{99999!}",
+      r"\boxed{(3!)!}",
+      r"\boxed{2^{1000000}}",
+      r"\boxed{((2^{999})^{999})^{999}}",
+      r"\boxed{(a+b+c+d)^{300}}",
+      r"\boxed{x^{1000}-(x+1)^{1000}}",
+      r"\boxed{\left(\frac{1}{3}+x\right)^{999}}",
+      r"\boxed{\int_0^1 x^{99999} dx}",
+      r"\boxed{\prod_{n=1}^{99999} n}",
+      r"\boxed{\binom{99999999}{4999999}}",
+      "\\boxed{" + "- " * 500 + "5}",
+      "<answer>" + "0.5 " * 1000 + "</answer>",
+    ],
+  )
+  def test_wrong_answers_that_need_no_worker(self, completion, monkeypatch):
+    monkeypatch.setattr(math500_module, "_ask", None)
+    verdict = math500(completion)
+    assert not verdict.correct and verdict.reward == 0.0, verdict
+
+  @pytest.mark.parametrize(
+    "answer",
+    [
+      "x^5-x^4+x^3", "e^{x^2}", "a^{b^{c}}", "2^{1994}", "10!", "e^{2\\pi i}",
+      "(x^2+1)^{3}", "\\binom{100}{50}", "(1.01)^{365}", "x^{2012}+1", "a - -b",
+      "2^{100} + 3^{100}", "\\sum_{k=1}^{100} k^2", "(-1)^{2n}",
+      "\\binom{2005}{3}", "7! \\times 2!", "x^{2^n}", "\\sqrt[3]{x^2}+y^2z^2",
+    ],
+  )  # fmt: skip
+  def test_what_can_be_written_down_is_compared(self, answer):
+    assert not math500_module.explodes(answer)
+
+  def test_what_math_verify_decides(self):
+    pairs = {
+      (r"15\mbox{ cm}^2", "15"): True,
+      (r"\text{(C)}", "C"): True,
+      (r"10,\!080", r"7! \times 2!"): True,
+      (r"x \in [-2,7]", "[-2, 7]"): True,
+      ("3, 5, 7", "3, 7, 5"): True,
+      ("5", "5, 6"): False,
+      ("5", r"\frac"): False,
+      ("5", r"\input{/etc/passwd}"): False,
+      (r"\left(3, \frac{\pi}{2}\right)", r"(3,\frac{\pi}{3})"): False,
+      (r"\frac{1}{3}", "0.33"): False,
+    }
+    judged = TASKS["math500"].judge(
+      [({"ground_truth": gold}, rf"\boxed{{{a}}}") for gold, a in pairs]
+    )
+    assert [v.correct for v in judged] == list(pairs.values())
+
+  def test_a_comparison_that_does_not_end_is_wrong_and_says_so(
+    self, monkeypatch
+  ):
+    monkeypatch.setattr(
+      math500_module,
+      "_pool",
+      lambda: workers.Workers(
+        "time:sleep", 1, workers.Limits(time_s=0.2), quiet=True
+      ),
+    )
+    monkeypatch.setattr(
+      math500_module, "_ask", lambda calls: math500_module._pool().map([(9,)])
+    )
+    verdict = math500(r"\boxed{x}")
+    assert not verdict.correct and verdict.reward == 0.0
+    assert verdict.reason == "no verdict: took longer than 0.2 s"
+
+  def test_published_rows_are_read(self, shared):
+    source = str(shared / "data/math500_rebuilt.jsonl")
+    settings = base.DataSettings(source=source)
+    examples = TASKS["math500"].load("test", settings)
+    assert len(examples) == 500
+    rest = [
+      len(TASKS["math500"].load(split, settings))
+      for split in ("train", "validation")
+    ]
+    assert sum(rest) == 500 and rest[1] > 10
+
+  def test_the_answer_may_stand_in_the_solution(self, tmp_path):
+    row = {"problem": "a", "solution": r"so \boxed{x^2}", "level": 3}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    (example,) = TASKS["math500"].load("test", settings)
+    assert example == {"question": "a", "ground_truth": "x^2", "level": 3}
+
+  @pytest.mark.parametrize(
+    ("row", "message"),
+    [
+      ({"problem": "a"}, r"a.jsonl:1: expected a field 'solution'"),
+      ({"problem": "a", "solution": "5"}, r"a.jsonl:1: expected a solution"),
+      ({"problem": "a", "answer": 5}, r"a.jsonl:1: expected text"),
+      ({"problem": "a", "answer": " "}, r"a.jsonl:1: .*empty"),
+      ({"problem": "a", "answer": "{"}, r"a.jsonl:1: the answer '{' cannot be"),
+    ],
+  )
+  def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    with pytest.raises(ValueError, match=message):
+      TASKS["math500"].load("test", settings)
+
+
+class TestD1:
+  @hypothesis.given(
+    st.text(alphabet="0123456789+-*/(). \n", max_size=16).filter(
+      lambda text: not re.search(r"\d{4}|\*\*[^+]*\*\*|\*\*[ (]*\d{3}", text)
+    )
+  )
+  @hypothesis.settings(max_examples=1000, deadline=None)
+  @pytest.mark.filterwarnings("ignore::SyntaxWarning")
+  def test_values_are_those_of_python(self, text):
+    try:
+      expected = eval(text.strip(), {"__builtins__": None}, {})
+    except Exception:
+      expected = None
+    if not isinstance(expected, int | float | complex):
+      expected = None
+    found = d1.python_value(text)
+    assert found == expected or (found != found and expected != expected)
+    assert type(found) is type(expected)
+
+  @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+      ("2**3**2", 512),
+      ("-2**2", -4),
+      ("2**-1", 0.5),
+      ("7//2", 3),
+      ("-7//2", -4),
+      (".5*4", 2.0),
+      ("1.", 1.0),
+      ("(3+\n4)", 7),
+      ("3\n+4", None),
+      ("007", None),
+      ("00", 0),
+      ("9**9**9**9", None),
+      ("2(3)", None),
+      ("1/0", None),
+      ("0**-1", None),
+      ("٣", None),
+    ],
+  )
+  def test_value(self, text, value):
+    assert d1.python_value(text) == value
+
+  @hypothesis.given(
+    st.lists(
+      st.sampled_from(["<answer>", "</answer>", "a", " ", "b"]), max_size=12
+    ).map("".join)
+  )
+  def test_tags_are_those_of_a_lazy_expression(self, text):
+    pattern = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+    found = pattern.findall(text)
+    assert d1.last_tag(text) == (found[-1] if found else None)
+    assert d1.first_tag(text) == (found[0] if found else None)
+
+  @hypothesis.given(st.text(alphabet="0123(+= a.", max_size=16))
+  def test_the_left_side_is_that_of_a_search(self, text):
+    found = re.search(r"([0-9+\-*/() ]+)=[0-9. ]+", text)
+    expected = found.group(1).strip() if found else text
+    assert d1._left_side(text) == expected
+
+  @hypothesis.given(
+    st.lists(
+      st.sampled_from(
+        ["<answer>", "</answer>", "```", "`", "1234", "4321432143214321", " ",
+         "\n", "x", "<|eot_id|>", "<|endoftext|>"]
+      ),
+      max_size=10,
+    ).map("".join)
+  )  # fmt: skip
+  @hypothesis.settings(max_examples=1000, deadline=None)
+  def test_grids_are_those_of_the_five_patterns(self, text):
+    ends = r"<\|eot_id\|>|<\|endoftext\|>"
+    expected = ""
+    for pattern in (
+      r"<answer>.*?```\s*([\d\s]+)```",
+      rf"<answer>(.*?)(?:{ends}|</answer>)",
+      rf"</answer>\s*(.*?)(?:{ends}|$)",
+      r".*?(\d{16})\s*</answer>",
+      r"\b(\d{16})\b",
+    ):
+      found = re.search(pattern, text, re.DOTALL)
+      expected = found.group(1).strip() if found else ""
+      if expected:
+        break
+    assert d1.sudoku_answer(text) == "".join(expected.split())
+
+  @hypothesis.given(
+    st.lists(
+      st.sampled_from(["\\boxed{", "}", "1", ".", "\n", "a"]), max_size=12
+    ).map("".join)
+  )
+  def test_boxes_are_those_of_a_lazy_expression(self, text):
+    assert list(d1._boxes(text)) == re.findall(r"\\boxed{(.*?)}", text)
+
+  @hypothesis.given(
+    st.lists(
+      st.sampled_from(
+        ["<reasoning>", "</reasoning>", "<answer>", "</answer>", "\n", "a"]
+      ),
+      max_size=12,
+    ).map("".join)
+  )
+  @hypothesis.settings(max_examples=1000, deadline=None)
+  @hypothesis.example(
+    "<reasoning></reasoning><answer></reasoning>\n<answer></answer>"
+  )
+  @hypothesis.example(
+    "<reasoning>\na\n</reasoning>\n<answer>\na\n</answer>\n\n"
+  )
+  def test_format_rewards_are_those_of_the_patterns(self, text):
+    strict = r"^<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\n$"
+    soft = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
+    parts = gsm8k(text, "d1").parts
+    assert parts["strict_format"] == 0.5 * bool(re.match(strict, text))
+    assert parts["soft_format"] == 0.5 * bool(re.match(soft, text))
+
+  def test_known_quirks_are_kept(self):
+    assert countdown("Try 3+4*5 = 99. Done.", "d1").correct
+    assert not countdown("<answer>3+4*5</answer>", "d1").correct
+    assert countdown("<answer>3+4*5</answer>", "d1").reward == 1.0
+    assert countdown(r"<answer>\boxed{3+4*5}</answer>", "d1").reward == 0.1
+    assert countdown("<answer></answer>", "d1").reward == 0.1
+    example = {"ground_truth": [[2, 3], 8]}
+    assert TASKS["countdown"].verify(example, r"\boxed{2 ** 3}", "d1").correct
+
+
+class TestRecordings:
+  def test_countdown_verdicts_and_rewards(self, shared):
+    verify = TASKS["countdown"].verify
+    for row in rows_of(shared / "fixtures/verifiers/countdown.jsonl"):
+      strict = verify(row, row["completion"])
+      assert strict.correct == row["careful_correct"], row["id"]
+      if not row["disputed"]:
+        assert strict.correct == row["reference_eval"]["correct"], row["id"]
+      same = verify(row, row["completion"], "d1")
+      assert same.correct == row["reference_eval"]["correct"], row["id"]
+      reward = verify(row, row["train_text"], "d1").reward
+      assert reward == row["reference_reward"]["countdown"], row["id"]
+
+  def test_sudoku_verdicts_and_rewards(self, shared):
+    verify = TASKS["sudoku"].verify
+    for row in rows_of(shared / "fixtures/verifiers/sudoku.jsonl"):
+      strict = verify(row, row["completion"])
+      assert strict.correct == row["careful_solved"], row["id"]
+      recorded = row["reference_eval"]["accuracy"]
+      careful = row.get("careful_fraction")
+      if careful is not None:
+        assert strict.parts["accuracy"] == pytest.approx(careful), row["id"]
+      if not row["disputed"]:
+        assert strict.parts["accuracy"] == pytest.approx(recorded), row["id"]
+      same = verify(row, row["completion"], "d1")
+      assert same.parts["accuracy"] == pytest.approx(recorded), row["id"]
+      reward = verify(row, row["train_text"], "d1").reward
+      assert reward == pytest.approx(row["reference_reward"]["sudoku"]), row
+
+  def test_gsm8k_verdicts_and_rewards(self, shared):
+    verify = TASKS["gsm8k"].verify
+    for row in rows_of(shared / "fixtures/verifiers/gsm8k.jsonl"):
+      strict = verify(row, row["completion"])
+      assert strict.correct == row["careful_correct"], row["id"]
+      if not row["disputed"]:
+        assert strict.correct == row["reference_eval"]["correct"], row["id"]
+      same = verify(row, row["completion"], "d1")
+      assert same.correct == row["reference_eval"]["correct"], row["id"]
+      parts = verify(row, row["train_text"], "d1").parts
+      assert parts == pytest.approx(row["reference_reward"]), row["id"]
+
+  def test_math500_verdicts_and_rewards(self, shared):
+    rows = rows_of(shared / "fixtures/verifiers/math500.jsonl")
+    judge = TASKS["math500"].judge
+    judged = judge([(row, row["completion"]) for row in rows])
+    for row, strict in zip(rows, judged, strict=True):
+      # The disputed ones too: there math-verify is what is right.
+      assert strict.correct == row["math_verify_0_9_0"], row["id"]
+    judged = judge([(row, row["completion"]) for row in rows], "d1")
+    for row, same in zip(rows, judged, strict=True):
+      assert same.correct == row["reference_eval"]["correct"], row["id"]
+    judged = judge([(row, row["train_text"]) for row in rows], "d1")
+    for row, same in zip(rows, judged, strict=True):
+      assert same.parts == row["reference_reward"], row["id"]
+
+  def test_150_answers_in_latex_a_second_on_two_workers(self, shared):
+    rows = rows_of(shared / "fixtures/verifiers/math500.jsonl")
+    pool = math500_module._pool()
+    pool.start()
+
+    def seconds():
+      return time.process_time() + sum(
+        cpu_seconds(worker.process.pid) for worker in pool._slots if worker
+      )
+
+    started = seconds()
+    TASKS["math500"].judge([(row, row["completion"]) for row in rows])
+    # Processor time, halved: what two workers with a core each would take.
+    assert len(rows) / (seconds() - started) * 2 >= 150
+
+  def test_hostile_completions(self, shared, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for row in rows_of(shared / "fixtures/hostile/hostile.jsonl"):
+      if row["task"] not in EXAMPLES:
+        continue
+      text = row["completion"]
+      if isinstance(text, dict):
+        text = "".join(piece * times for piece, times in text["parts"])
+      for protocol in base.PROTOCOLS:
+        started = time.process_time()
+        verdict = TASKS[row["task"]].verify(row, text, protocol)
+        assert time.process_time() - started < 0.5, row["id"]
+        assert base.NO_VERDICT not in verdict.reason, row["id"]
+        if protocol == "d1" or row["expected"] is None:
+          continue
+        assert verdict.correct == row["expected"], row["id"]
+        fraction = row.get("expected_fraction")
+        if fraction is not None:
+          assert verdict.parts["accuracy"] == fraction, row["id"]
+    assert list(tmp_path.iterdir()) == []
+
+  def test_published_files_load_whole(self, shared):
+    for task, name, count in (
+      ("countdown", "countdown_cd3_test.jsonl", 256),
+      ("countdown", "countdown3_generated_train.jsonl", 4000),
+      ("sudoku", "sudoku4x4_test_d1.csv", 500),
+      ("sudoku", "sudoku4x4_test_spg_new.csv", 256),
+    ):
+      settings = base.DataSettings(source=str(shared / "data" / name))
+      assert len(TASKS[task].load("test", settings)) == count
+
+  @pytest.mark.parametrize(("task", "protocol"), LINEAR)
+  def test_recorded_completions_a_second(self, shared, task, protocol):
+    rows = rows_of(shared / f"fixtures/verifiers/{task}.jsonl")
+    least = 20_000 if task in GENERATED else 10_000
+    assert rate(task, [(r, r["completion"]) for r in rows], protocol) >= least
+
+
+def cpu_seconds(process):
+  """Processor time of another process."""
+  try:
+    with open(f"/proc/{process}/stat") as handle:
+      fields = handle.read().rpartition(")")[2].split()
+  except OSError:
+    pytest.skip("no /proc to read processor times of workers from")
+  return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rate(task, pairs, protocol):
+  """Completions a second of processor time, best of five rounds."""
+  verify, best = TASKS[task].verify, 0.0
+  for _ in range(5):
+    started = time.process_time()
+    for example, text in pairs:
+      verify(example, text, protocol)
+    best = max(best, len(pairs) / (time.process_time() - started))
+  return best
+
+
+@pytest.fixture(scope="module")
+def examples():
+  """A thousand generated examples of each task."""
+  from rspo_jax.datasets import countdown as countdown_data
+  from rspo_jax.datasets import sudoku as sudoku_data
+  from rspo_jax.tasks import countdown, sudoku
+
+  return {
+    "countdown": countdown.Examples(
+      countdown_data.generate(0, "train", 1000).columns()
+    ),
+    "sudoku": sudoku.Examples(sudoku_data.generate(0, "train", 1000).columns()),
+  }
+
+
+PIECES = [
+  "<answer>", "</answer>", "<answer", "\\boxed{", "\\boxed ", "}", "{", "(",
+  ")", "3", "4", "5", "+", "*", "/", "-", "=", "23", "4312213434211243", "```",
+  " ", "\n", "<|endoftext|>", "<|", "\\times", "$", "\x00", "\ud800", "é", "٣",
+  ".", "**", "0", "9" * 30, "\\frac", "^", "!", "x", "\\sqrt",
+]  # fmt: skip
+
+
+ANY = st.one_of(
+  st.text(max_size=60),
+  st.lists(st.sampled_from(PIECES), max_size=24).map("".join),
+)
+
+
+def check_verdict(task, protocol, verdict):
+  """What holds of every verdict on every completion."""
+  verdict.reason.encode()
+  most = 1.0
+  if protocol == "d1":  # sums of five and of two rewards
+    most = {"gsm8k": 4.0, "math500": 2.75}.get(task, 1.0)
+  assert -1.0 <= verdict.reward <= most
+  if most == 1.0:
+    assert all(0.0 <= value <= 1.0 for value in verdict.parts.values())
+
+
+@hypothesis.given(completion=ANY)
+@hypothesis.settings(max_examples=1000, deadline=None)
+def test_any_completion_gets_a_verdict(completion):
+  for task, protocol in LINEAR:
+    verdict = TASKS[task].verify(EXAMPLES[task], completion, protocol)
+    check_verdict(task, protocol, verdict)
+
+
+@hypothesis.given(completions=st.lists(ANY, min_size=40, max_size=40))
+@hypothesis.settings(max_examples=25, deadline=None)
+def test_any_completion_gets_a_verdict_from_the_workers(completions):
+  boxed = [f"\\boxed{{{completion}}}" for completion in completions[::2]]
+  pairs = [(MATH500, text) for text in completions[1::2] + boxed]
+  for verdict in TASKS["math500"].judge(pairs):
+    check_verdict("math500", "strict", verdict)
+
+
+def random_completion(rng):
+  """Pieces of answers and arbitrary characters, faster than hypothesis."""
+  pieces = rng.choices(PIECES, k=rng.randrange(40))
+  if rng.random() < 0.3:
+    pieces += [chr(rng.randrange(0x11000)) for _ in range(rng.randrange(20))]
+    rng.shuffle(pieces)
+  return "".join(pieces)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("task", "protocol"),
+  [(t, p) for t in sorted(EXAMPLES) for p in base.PROTOCOLS],
+)
+def test_100000_random_completions_get_a_verdict(task, protocol):
+  rng = random.Random(f"{task} {protocol}")
+  for _ in range(100):
+    pairs = [(EXAMPLES[task], random_completion(rng)) for _ in range(1000)]
+    for verdict in TASKS[task].judge(pairs, protocol):
+      check_verdict(task, protocol, verdict)
+
+
+@pytest.mark.parametrize("protocol", base.PROTOCOLS)
+@pytest.mark.parametrize("task", sorted(EXAMPLES))
+class TestEveryTask:
+  @pytest.mark.parametrize(
+    "unit",
+    [
+      "(", "\\boxed{", "\\boxed ", "<answer>", "</answer>", "1 ", "=", "```",
+      "1=2", "<|", "{", "{}", "é", "-", ")</answer> ", "<answer>(</answer>",
+      "<answer>1+", "\\fbox{}", " ",
+    ],
+  )  # fmt: skip
+  def test_a_megabyte_of_garbage_takes_50_ms_at_most(
+    self, task, protocol, unit
+  ):
+    text = unit * (1_000_000 // len(unit))
+    for garbage in (text, f"<answer>{text}</answer>", f"<answer>```{text}"):
+      best = float("inf")
+      for _ in range(3):
+        started = time.process_time()
+        TASKS[task].verify(EXAMPLES[task], garbage, protocol)
+        best = min(best, time.process_time() - started)
+      assert best <= 0.05
+
+
+@pytest.mark.parametrize("protocol", base.PROTOCOLS)
+@pytest.mark.parametrize("task", GENERATED)
+def test_20000_compact_completions_a_second(task, protocol, examples):
+  rng = np.random.default_rng(0)
+  pairs = [(e, TASKS[task].corrupt(e, rng)) for e in examples[task]]
+  assert rate(task, pairs, protocol) >= 20_000
+
+
+@pytest.mark.parametrize("task", sorted(EXAMPLES))
+class TestMistakesOfCallers:
+  def test_an_unknown_protocol_is_named(self, task):
+    with pytest.raises(ValueError, match=r"protocol='d2'.*strict, d1"):
+      TASKS[task].verify(EXAMPLES[task], "", "d2")
+
+  def test_an_unknown_style_is_named(self, task):
+    with pytest.raises(ValueError, match=r"'d9'.*compact"):
+      TASKS[task].prompt(EXAMPLES[task], "d9")
+
+  def test_an_unknown_split_is_named(self, task):
+    with pytest.raises(ValueError, match=r"split='dev'.*validation"):
+      TASKS[task].load("dev", base.DataSettings())
+
+
+def test_verifying_imports_neither_jax_nor_dataset_libraries():
+  import subprocess
+  import sys
+
+  code = (
+    "import sys, rspo_jax.tasks;"
+    "print([m for m in ('jax','grain','tensorflow_datasets','tensorflow',"
+    "'sympy','math_verify')"
+    " if m in sys.modules])"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  assert done.stdout.strip() == "[]"
