@@ -86,16 +86,16 @@ def main() -> None:
   spec.loader.exec_module(module)
   if options.model:
     settings, model = of_85m(module.get_config(arg))
-    mesh = sharding.make_mesh(**settings.mesh)
+    mesh = sharding.make_mesh(*settings.mesh.axes)
     program = program_lib.assemble(settings, model, mesh)
   else:
     settings = settings_lib.build(module.get_config(arg), jax.device_count())
     program = program_lib.build(settings)
   config = program.model.config
   length = settings.sampler.completion_length
-  span = settings.prompt_length + length
+  span = settings.data.prompt_length + length
   prompts = np.full(
-    (settings.rollout.prompts, settings.prompt_length), 1, np.int32
+    (settings.rollout.prompts, settings.data.prompt_length), 1, np.int32
   )
   tokens, mask = sharding.put_global(
     program.mesh, (prompts, np.ones(prompts.shape, bool))

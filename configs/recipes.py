@@ -24,8 +24,9 @@ def _set(config, name, scheme, masks, scope, **changes):
   objective.skip_equal_groups = changes.pop(
     "skip_equal_groups", objective.skip_equal_groups
   )
+  own = objective.get(name, {})
   for key, value in changes.items():
-    objective[key] = value
+    (own if key in own else objective)[key] = value
 
 
 def _short(config):
@@ -55,7 +56,7 @@ def sapo(config):
   """SAPO: d1's with a process reward; its numbers are not published."""
   diffu_grpo(config)
   config.objective.name = "sapo"
-  config.objective.finishes = 1
+  config.objective.sapo.finishes = 1
 
 
 def wd1(config):

@@ -43,7 +43,7 @@ def forwards(config) -> float:
   each += name in HAS_RATIO and old
   # The whole batch fits no micro-batch: the policy is scored beforehand.
   each += name == "rspo" and config.objective.centring == "batch"
-  finishes = config.objective.finishes if name == "sapo" else 0
+  finishes = config.objective.sapo.finishes if name == "sapo" else 0
   # A partial canvas is on average half finished.
   return steps * (1 + finishes / 2) + updates * masks * each
 
@@ -92,9 +92,7 @@ class Study:
   def entry(self, name: str, arg: str, overrides: Mapping, seeds=None) -> dict:
     """An entry of a sweep; what it overrides may change its length."""
     config = self.config(arg)
-    for key, value in overrides.items():
-      group, _, field = key.partition(".")
-      config[group][field] = value
+    config.update_from_flattened_dict(dict(overrides))
     steps = {"run.steps": self.affordable(config)}
     return {
       "name": name,

@@ -5,7 +5,7 @@
 1. The command line is read and checked against the config's keys and types,
    without JAX, so that a mistake is told at once.
 2. The first line names the folder of the run; whatever can be refused without
-   JAX is refused (`checks.check_values`, `identity.check_workdir`).
+   JAX is refused (`rules.check_early`, `identity.check_workdir`).
 3. `loop.main` does the rest.
 
 Exit status: 0 done, 2 the caller's mistake, 3 a fault of the run, 75
@@ -17,7 +17,7 @@ import signal
 import sys
 
 from rspo_jax.config import identity, load
-from rspo_jax.run import checks
+from rspo_jax.run import rules
 
 MISTAKE, INTERRUPTED = 2, 75
 HELP = """usage: python -m rspo_jax.main --config=FILE[:ARG,...] [options]
@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     # In eval mode standard output is for the one line of the result.
     stream = sys.stderr if mode == "eval" else sys.stdout
     print(f"{mode}: {name} in {workdir}", file=stream, flush=True)
-    checks.check_values(config)
-    checks.check_reachable(config)
+    rules.check_early(config)
+    rules.check_reachable(config)
     identity.check_workdir(workdir, config.to_dict(), mode)
   except ValueError as error:
     print(f"error: {error}", file=sys.stderr)

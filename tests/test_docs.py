@@ -14,7 +14,7 @@ from configs import base
 from rspo_jax.config import identity, load
 from rspo_jax.planning import plan
 from rspo_jax.reporting import trackers
-from rspo_jax.run import checks
+from rspo_jax.run import rules
 from rspo_jax.tools import sweep
 from rspo_jax.tools.demo import demo
 from rspo_jax.tools.report import report
@@ -54,14 +54,14 @@ def check_main(words):
   config, *_ = load.parse(["rspo_jax", *words])
   values = config.to_dict()
   if values["data"]["source"] or not values["model"]["path"].startswith(
-    checks.EMBEDDED
+    rules.EMBEDDED
   ):
     return  # files of the reader's
   with config.unlocked():
     if config.run.logger:  # an extra, which need not be installed here
       assert set(config.run.logger.split(",")) <= trackers.TRACKERS.keys()
       config.run.logger = ""
-  checks.check_values(config)
+  rules.check_early(config)
 
 
 def check(words, monkeypatch):

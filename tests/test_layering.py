@@ -9,9 +9,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "rspo_jax"
 
 # A room may import what stands below it in this list, and itself.
 ROOMS = (
-  "api",
   "tools",
   "planning",
+  "api",
   "main",
   "run",
   "tasks",
@@ -40,7 +40,7 @@ PURE = (
 )
 WITHOUT_JAX = ("config",)
 # What a command imports before its first line.
-LIGHT = ("main", "config", "run.checks", "sampling.sampler_settings")
+LIGHT = ("main", "config", "run.rules", "sampling.sampler_settings")
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets"}
 IMPURE_MODULES = {
   "datetime",

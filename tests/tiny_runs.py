@@ -16,6 +16,7 @@ import time
 
 import numpy as np
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import sudoku
 
 SHAPE = {
@@ -80,7 +81,9 @@ def quick():
     key = dataclasses.replace(
       settings,
       run=None,
-      skip_equal_groups=None,
+      objective=dataclasses.replace(
+        settings.objective, skip_equal_groups=False
+      ),
       optimizer=dataclasses.replace(
         settings.optimizer,
         total_steps=settings.optimizer.total_steps
@@ -116,7 +119,7 @@ def save_checkpoint(folder: pathlib.Path) -> None:
 
   from rspo_jax.models import checkpoints, fresh
 
-  model = fresh.new_model(SHAPE, jax.random.key(5))
+  model = fresh.new_model(schema.NewModel(**SHAPE), jax.random.key(5))
   head = jax.tree.map(lambda x: 10 * x, model.params["head"])
   model = dataclasses.replace(model, params=model.params | {"head": head})
   checkpoints.save_model(model, folder)

@@ -16,11 +16,6 @@ claims to be a paper's setting. RFT lives in objectives.py. BGPO (arXiv
 import jax
 import jax.numpy as jnp
 
-KL_REDUCTIONS = ("mean", "sum")
-RATIO_NORMS = ("none", "length")
-PAIRS = ("all", "extremes")
-NEGATIVE_SCORES = ("mix", "eubo", "elbo", "none")
-
 
 def mean(x, keep):
   """Mean of x [N] over kept sequences, 0 where none is kept."""
@@ -134,7 +129,7 @@ def gdpo(terms, settings):
   paper only. A = r - group mean. k3 is ours: of the ratio's own quantity.
   """
   length = jnp.maximum(terms.length, 1.0)
-  by_length = settings.ratio_norm == "length"
+  by_length = settings.gdpo.ratio_norm == "length"
   scale = 1.0 if by_length else length
   s = terms.policy.mean(-1)
   ratio = jnp.exp(scale * (s - old_values(terms).mean(-1)))
@@ -160,7 +155,7 @@ def group_pairs(advantage, keep, settings):
   kept = keep.reshape(-1, size)
   better = (a[:, :, None] > a[:, None, :]).astype(jnp.float32)
   better *= kept[:, :, None] * kept[:, None, :]
-  if settings.pairs == "all":
+  if settings.vrpo.pairs == "all":
     return better
   best = jax.nn.one_hot(jnp.argmax(a, -1), size)
   worst = jax.nn.one_hot(jnp.argmin(a, -1), size)
@@ -179,12 +174,12 @@ def vrpo(terms, settings):
   d = s - jax.lax.stop_gradient(terms.reference).mean(-1)
   relative = (terms.length * d).reshape(-1, settings.group_size)
   pairs = group_pairs(terms.advantage, terms.keep, settings)
-  margin = settings.beta * (relative[:, :, None] - relative[:, None, :])
+  margin = settings.vrpo.beta * (relative[:, :, None] - relative[:, None, :])
   total = jnp.maximum(pairs.sum((1, 2)), 1.0)[:, None]  # [B, 1]
   share = pairs.sum(2) / total * settings.group_size  # [B, G]
   loss = -(pairs * jax.nn.log_sigmoid(margin)).sum(2)
   loss = loss / total * settings.group_size
-  loss = loss - settings.sft_weight * share * s.reshape(share.shape)
+  loss = loss - settings.vrpo.sft_weight * share * s.reshape(share.shape)
   right = (pairs * (margin > 0)).sum() / jnp.maximum(pairs.sum(), 1.0)
   return loss.reshape(-1), {
     "pair/count": pairs.sum(),
@@ -208,7 +203,7 @@ def spg(terms, settings):
   hidden = jnp.maximum(inside.sum(-1), 1.0)  # [N, K]
   lower = ((inside * lp).sum(-1) / hidden).mean(-1)  # [N]
   length = jnp.maximum(terms.length, 1.0)
-  power = settings.bound_power
+  power = settings.spg.bound_power
   log_share = jnp.log(hidden / length[:, None])[:, :, None]
   powers = jnp.where(inside > 0, power * lp - log_share, -jnp.inf)
   any_mask = inside.any(1)  # [N, L]
@@ -217,13 +212,13 @@ def spg(terms, settings):
   log_e = jax.nn.logsumexp(safe, axis=1) - jnp.log(lp.shape[1])
   upper = jnp.where(any_mask, log_e, 0.0).sum(-1) / power
   upper = upper / jnp.maximum(any_mask.sum(-1), 1.0)
-  omega = settings.bound_mix
+  omega = settings.spg.bound_mix
   negative = {
     "mix": omega * upper + (1.0 - omega) * lower,
     "eubo": upper,
     "elbo": lower,
     "none": jnp.zeros_like(lower),
-  }[settings.negative_score]
+  }[settings.spg.negative_score]
   score = jnp.where(terms.advantage > 0, lower, negative)
   loss = -terms.length * terms.advantage * score
   return loss / jnp.maximum(terms.sizes.length, 1.0), {
@@ -247,7 +242,7 @@ def tracerl(terms, settings):
   gain = clipped(ratio, terms.advantage[:, None, None], settings)
   per_canvas = -(own * gain[:, :, None]).sum(-1) / size
   kl = (own * k3(old - terms.policy)[:, :, None]).sum(-1)
-  if settings.kl_reduction == "mean":
+  if settings.tracerl.kl_reduction == "mean":
     kl = kl / size
   loss = (per_canvas + settings.kl_weight * kl).sum((1, 2))
   weight = valid_rows(terms) * terms.keep[:, None, None]
@@ -287,7 +282,7 @@ def trafl(terms, settings):
   """
   d = (terms.policy - jax.lax.stop_gradient(terms.reference)).mean(-1)
   hidden = jnp.maximum(terms.count.mean(-1), 1.0)
-  error = d - settings.beta / hidden * terms.advantage
+  error = d - settings.trafl.beta / hidden * terms.advantage
   size = settings.group_size
   kept = terms.keep.reshape(-1, size)
   grouped = error.reshape(-1, size) * kept

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rspo_jax.algorithm.masks import ESTIMATORS, Sequences
+from rspo_jax.config import schema
 
 SCOPES = ("completion", "canvas", "masked_tail")
 
@@ -50,39 +51,17 @@ class Masks:
 
 
 @dataclasses.dataclass(frozen=True)
-class LikelihoodSettings:
-  """How scores are estimated.
+class LikelihoodSettings(schema.Likelihood):
+  """How scores are estimated: the keys, with masks and block_length resolved.
 
-  Attributes:
-    scheme: key of `ESTIMATORS`.
-    masks: K, forward passes a sequence.
-    scope: "completion" scores positions through the first EOS and hides later
-      ones from attention; "canvas" scores all L positions as ordinary tokens;
-      "masked_tail" scores through the first EOS and shows later positions as
-      masks on every canvas (diffu-GRPO, wd1, SPG).
-    block_length: positions of a block (scheme block_random).
-    prompt_mask: probability of hiding a prompt token (mean_field), or a token
-      of prompt and earlier blocks (block_random).
-    shrink: sampling steps that share a canvas (trace).
+  Scope "completion" scores positions through the first EOS and hides later
+  ones from attention; "canvas" scores all L positions as ordinary tokens;
+  "masked_tail" scores through the first EOS and shows later positions as masks
+  on every canvas (diffu-GRPO, wd1, SPG).
   """
 
-  scheme: str = "complementary"
-  masks: int = 2
-  scope: str = "completion"
-  block_length: int = 1
-  prompt_mask: float = 0.15
-  shrink: int = 1
-
   def __post_init__(self):
-    if self.scheme not in ESTIMATORS:
-      raise ValueError(
-        f"likelihood.scheme={self.scheme!r} is unknown; choose one of "
-        f"{', '.join(sorted(ESTIMATORS))}."
-      )
-    if self.scope not in SCOPES:
-      raise ValueError(
-        f"likelihood.scope={self.scope!r} must be one of {SCOPES}."
-      )
+    schema.check(self, "likelihood.")
     estimator = ESTIMATORS[self.scheme]
     size = estimator.draw_size or 1
     if estimator.masks is not None and self.masks not in estimator.masks:

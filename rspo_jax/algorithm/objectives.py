@@ -32,19 +32,7 @@ from flax import struct
 
 from rspo_jax.algorithm import baselines
 from rspo_jax.algorithm.baselines import mean as _mean
-
-LAMBDA_UNITS = ("token", "sequence")
-CENTRINGS = ("group", "batch", "none")
-GAP_MASKS = ("shared", "leave_one_out")
-CHOICES = {
-  "lambda_unit": LAMBDA_UNITS,
-  "centring": CENTRINGS,
-  "gap_masks": GAP_MASKS,
-  "kl_reduction": baselines.KL_REDUCTIONS,
-  "ratio_norm": baselines.RATIO_NORMS,
-  "pairs": baselines.PAIRS,
-  "negative_score": baselines.NEGATIVE_SCORES,
-}
+from rspo_jax.config import schema
 
 
 def group_advantages(rewards: np.ndarray, normalize: bool = True) -> np.ndarray:
@@ -237,72 +225,19 @@ class Terms:
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveSettings:
-  """The objective and its options (allowed values in configs/base.py).
+class ObjectiveSettings(schema.Objective):
+  """The objective and its options, with what it must know of the batch.
 
   Attributes:
-    name: key of `OBJECTIVES`.
-    lambda_: temperature of the KL-regularised problem, in `lambda_unit`.
-    lambda_unit: "token" (meets d) or "sequence" (meets L d).
-    lambda_share: share std(lambda d) / std(A) that lambda follows from step to
-      step, from `lambda_` on; 0: it stays.
-    solved_advantage: of completions of a group that are all right and equally
-      rewarded; 0: as any other group of equal rewards.
-    centring: set over which the mean relative score is taken out.
-    subtract_reference: False drops the reference from the gap (ablation).
-    gap_masks: "shared" uses all masks in gap and direction; "leave_one_out"
-      computes the gap that multiplies a draw without that draw.
-    clip: half-width of the ratio's trust region.
-    kl_weight: weight of the pull to the reference (tracerl: the old policy).
-    kl_reduction: of tracerl's pull within a step, "sum" or "mean".
-    ratio_norm: gdpo's log-ratio per sequence ("none") or per token ("length").
-    beta: vrpo's and trafl's inverse temperature.
-    pairs: vrpo's pairs, "all" right-wrong ones or the "extremes".
-    sft_weight: vrpo's weight of the winner's score.
-    negative_score, bound_mix, bound_power: spg's score of completions with
-      negative advantage, w of its mixture, exponent of the upper bound.
-    finishes: sapo's completions of each partial canvas.
-    group_size: completions a prompt, G.
+    group_size: completions of a prompt, G.
     draw_size: canvases of one independent mask draw (from the estimator).
   """
 
-  name: str = "rspo"
-  lambda_: float = 0.01
-  lambda_unit: str = "sequence"
-  centring: str = "group"
-  subtract_reference: bool = True
-  gap_masks: str = "shared"
-  lambda_share: float = 0.0
-  solved_advantage: float = 0.0
-  clip: float = 0.2
-  kl_weight: float = 0.0
-  kl_reduction: str = "mean"
-  ratio_norm: str = "none"
-  beta: float = 1.0
-  pairs: str = "all"
-  sft_weight: float = 0.0
-  negative_score: str = "mix"
-  bound_mix: float = 0.5
-  bound_power: float = 1.5
-  finishes: int = 1
   group_size: int = 8
   draw_size: int = 1
 
   def __post_init__(self):
-    if self.name not in OBJECTIVES:
-      raise ValueError(
-        f"objective.name={self.name!r} is unknown; choose one of "
-        f"{', '.join(sorted(OBJECTIVES))}."
-      )
-    if not (np.isfinite(self.lambda_) and self.lambda_ >= 0):
-      raise ValueError(
-        f"objective.lambda_={self.lambda_} must be a finite number >= 0."
-      )
-    for key, allowed in CHOICES.items():
-      if getattr(self, key) not in allowed:
-        raise ValueError(
-          f"objective.{key}={getattr(self, key)!r} must be one of {allowed}."
-        )
+    schema.check(self, "objective.")
 
 
 def _std(x, keep):

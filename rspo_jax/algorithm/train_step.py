@@ -29,11 +29,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import struct
 
 from rspo_jax.algorithm import likelihood, objectives, rounding
+from rspo_jax.config import schema
 
 # Streams of randomness: fold_in(fold_in(root, step), stream).
 ROLLOUT, MASKS, EVAL = 0, 1, 2
@@ -104,61 +104,26 @@ class RolloutBatch:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerSettings:
-  """AdamW: peak rate, schedule over `total_steps`, clipping, decay."""
+class OptimizerSettings(schema.Optimizer):
+  """AdamW, with the updates over which its schedule runs."""
 
-  learning_rate: float = 1e-4
-  schedule: str = "constant"
-  warmup_steps: int = 0
   total_steps: int = 1
-  final_share: float = 0.0
-  b1: float = 0.9
-  b2: float = 0.99
-  eps: float = 1e-8
-  weight_decay: float = 0.0
-  clip_norm: float = 1.0
-  moment_dtype: str = "float32"
 
   def __post_init__(self):
-    if self.schedule not in SCHEDULES:
-      raise ValueError(
-        f"optimizer.schedule={self.schedule!r} must be one of {SCHEDULES}."
-      )
-    if not (np.isfinite(self.learning_rate) and self.learning_rate >= 0):
-      raise ValueError(
-        f"optimizer.learning_rate={self.learning_rate} must be a finite "
-        "number >= 0."
-      )
-    if self.clip_norm <= 0:
-      raise ValueError(
-        f"optimizer.clip_norm={self.clip_norm} must be > 0; use a large "
-        "number to switch clipping off."
-      )
+    schema.check(self, "optimizer.")
 
 
 @dataclasses.dataclass(frozen=True)
-class StepSettings:
-  """How a batch is cut.
+class StepSettings(schema.Train):
+  """How a batch is cut, with the devices over which sequences are split.
 
-  Attributes:
-    micro_batch: sequences of one forward-backward, over all shards.
-    passes: "one", "two", or "auto" (one where the centring set fits).
-    shards: devices over which sequences are split.
-    updates_per_rollout: updates on the completions of one rollout, each with
-      its own masks.
-    micro_masks: masks of each of those sequences in one forward-backward, whole
-      draws; then of two passes. 0: all of them.
+  `passes` "auto" is one pass where the centring set fits a micro-batch.
   """
 
-  micro_batch: int
-  passes: str = "auto"
   shards: int = 1
-  updates_per_rollout: int = 1
-  micro_masks: int = 0
 
   def __post_init__(self):
-    if self.passes not in PASSES:
-      raise ValueError(f"train.passes={self.passes!r} must be one of {PASSES}.")
+    schema.check(self, "train.")
 
 
 def schedule(settings: OptimizerSettings) -> Callable:

@@ -11,36 +11,11 @@ import stat
 import tempfile
 from typing import Any
 
+from rspo_jax.config import schema
 from rspo_jax.storage import mirror
 
 CONFIG = "config.json"
 SUMMARY = "summary.json"
-# Keys that may change between the parts of one run: they say where and how
-# loudly, not what is computed.
-FREE_KEYS = (
-  "run.checkpoint_every",
-  "run.keep_checkpoints",
-  "run.keep_best",
-  "run.keep_every",
-  "run.non_finite_limit",
-  "run.collapse_window",
-  "run.grace_s",
-  "run.accept_changes",
-  "run.samples_every",
-  "run.tensorboard",
-  "run.logger",
-  "run.profile",
-  "run.export",
-  "run.compilation_cache",
-  "run.log",
-  "data.dir",
-  "reward.workers",
-  "reward.memory_mb",
-  "mesh.data",
-  "mesh.fsdp",
-  "mesh.tensor",
-  "mesh.rollout_tensor",
-)
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, Any]:
@@ -193,12 +168,8 @@ def read_config(folder) -> dict | None:
 
 
 def defaults() -> dict[str, Any]:
-  """Default of every key, {} where the configs are not at hand."""
-  try:
-    from configs import base
-  except ImportError:
-    return {}
-  return flat(base.get_config().to_dict())
+  """Default of every key."""
+  return flat(schema.plain())
 
 
 def changed_keys(old: dict, new: dict) -> list[str]:
@@ -209,7 +180,7 @@ def changed_keys(old: dict, new: dict) -> list[str]:
   return [
     f"{key}={after.get(key)!r} (was {before.get(key)!r})"
     for key in sorted(before.keys() | after.keys())
-    if key not in FREE_KEYS and before.get(key) != after.get(key)
+    if key not in schema.FREE_KEYS and before.get(key) != after.get(key)
   ]
 
 

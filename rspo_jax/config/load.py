@@ -2,7 +2,7 @@
 
     config, name, workdir, mode = parse(sys.argv)
 
-Keys and types are those of configs/base.py. Every refusal is a ValueError with
+Keys and types are those of config/schema.py. Every refusal is a ValueError with
 value and remedy; nothing here waits for JAX.
 """
 
@@ -92,14 +92,13 @@ def load_config(text: str) -> ml_collections.ConfigDict:
     config = module.get_config(arg) if colon else module.get_config()
   except Exception as error:  # a config file is a program of the caller's
     raise ValueError(f"--config={text}: {_cause(error, path)}") from error
-  base = sys.modules.get("configs.base")
-  if base is None or not isinstance(config, ml_collections.ConfigDict):
+  if not isinstance(config, ml_collections.ConfigDict):
     raise ValueError(
       f"--config={path}: get_config must return what configs.base.get_config "
       "returns, with changed values."
     )
   keys = identity.flat(config.to_dict())
-  for key, value in identity.flat(base.get_config().to_dict()).items():
+  for key, value in identity.defaults().items():
     if key not in keys or type(keys[key]) is not type(value):
       raise ValueError(
         f"--config={path} must set {key} to a {type(value).__name__}; start "
@@ -109,7 +108,7 @@ def load_config(text: str) -> ml_collections.ConfigDict:
   for key in keys:
     if not key.startswith(_OPEN_GROUP):
       raise ValueError(
-        f"--config={path} sets {key}, which is not a key of configs/base.py."
+        f"--config={path} sets {key}, which is not a key of rspo_jax/config/schema.py."
       )
   return config
 

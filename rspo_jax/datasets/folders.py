@@ -32,8 +32,8 @@ def exclusive(folder: pathlib.Path):
     handle = open(folder / ".lock", "a")  # noqa: SIM115
   except OSError as error:
     raise ValueError(
-      f"data.data_dir={folder} cannot be written ({error.strerror}); set"
-      " data.data_dir or the environment variable RSPO_JAX_DATA to a folder"
+      f"data.dir={folder} cannot be written ({error.strerror}); set"
+      " data.dir or the environment variable RSPO_JAX_DATA to a folder"
       " that can."
     ) from error
   with handle:

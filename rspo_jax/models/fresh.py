@@ -5,11 +5,11 @@ parameters are those that a checkpoint folder would hold, so that a new model
 is saved, loaded and trained through the same code as LLaDA-8B.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 
+from rspo_jax.config.schema import NewModel
 from rspo_jax.models import families, transformer
 from rspo_jax.models.checkpoints import Model
 from rspo_jax.models.tokenizer import build_word_tokenizer
@@ -20,12 +20,11 @@ VOCABULARY_MULTIPLE = 8
 _NAMED = {r"\s": " ", r"\n": "\n"}
 
 
-def source_config(shape: Mapping[str, Any], tokenizer) -> dict[str, Any]:
+def source_config(shape: NewModel, tokenizer) -> dict[str, Any]:
   """The config.json of a LLaDA model of this shape.
 
   Args:
-    shape: `width`, `layers`, `heads`, `kv_heads`, `mlp_width`, `rope_theta`,
-      `norm_eps`, `max_length` (configs/base.py, model.new).
+    shape: sizes.
     tokenizer: whose ids and size it takes.
   """
   size = tokenizer.backend.get_vocab_size()
@@ -39,7 +38,7 @@ def source_config(shape: Mapping[str, Any], tokenizer) -> dict[str, Any]:
     "bias_for_layer_norm": False,
     "block_group_size": 1,
     "block_type": "llama",
-    "d_model": shape["width"],
+    "d_model": shape.width,
     "embedding_size": rows,
     "eos_token_id": tokenizer.eos_id,
     "include_bias": False,
@@ -48,25 +47,25 @@ def source_config(shape: Mapping[str, Any], tokenizer) -> dict[str, Any]:
     "layer_norm_type": "rms",
     "layer_norm_with_affine": True,
     "mask_token_id": tokenizer.mask_id,
-    "max_sequence_length": shape["max_length"],
-    "mlp_hidden_size": shape["mlp_width"],
+    "max_sequence_length": shape.max_length,
+    "mlp_hidden_size": shape.mlp_width,
     "mlp_ratio": 4,
     "multi_query_attention": None,
-    "n_heads": shape["heads"],
-    "n_kv_heads": shape["kv_heads"],
-    "n_layers": shape["layers"],
+    "n_heads": shape.heads,
+    "n_kv_heads": shape.kv_heads,
+    "n_layers": shape.layers,
     "pad_token_id": tokenizer.pad_id,
-    "rms_norm_eps": shape["norm_eps"],
+    "rms_norm_eps": shape.norm_eps,
     "rope": True,
     "rope_full_precision": True,
-    "rope_theta": shape["rope_theta"],
+    "rope_theta": shape.rope_theta,
     "scale_logits": False,
     "vocab_size": size,
     "weight_tying": False,
   }
 
 
-def new_model(shape: Mapping[str, Any], key: jax.Array) -> Model:
+def new_model(shape: NewModel, key: jax.Array) -> Model:
   """Makes a model with random parameters, float32, on the default device.
 
   Args:
@@ -79,8 +78,8 @@ def new_model(shape: Mapping[str, Any], key: jax.Array) -> Model:
     ValueError: sizes that do not fit together, or a vocabulary that the
       pattern cannot cut.
   """
-  pieces = [_NAMED.get(piece, piece) for piece in shape["vocabulary"].split()]
-  tokenizer = build_word_tokenizer(pieces, shape["pattern"])
+  pieces = [_NAMED.get(piece, piece) for piece in shape.vocabulary.split()]
+  tokenizer = build_word_tokenizer(pieces, shape.pattern)
   config_json = source_config(shape, tokenizer)
   config = families.from_hf(config_json)
   return Model(

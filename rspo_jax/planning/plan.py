@@ -329,7 +329,7 @@ def _frame(settings, described, rows, notes) -> dict[str, Any]:
     "mesh": dict(described.program.mesh.shape),
     "sequences": total,
     "masks": settings.likelihood.masks,
-    "prompt": settings.prompt_length,
+    "prompt": settings.data.prompt_length,
     "completion": settings.sampler.completion_length,
     "micro_batches": total // settings.step.micro_batch,
     "micro_masks": settings.step.micro_masks or settings.likelihood.masks,
@@ -407,9 +407,9 @@ def advice(plan, settings, topology) -> list[str]:
   if state > capacity or (update and not update["fits"]):
     lines += _smaller_state(plan, settings)
   if update and not update["fits"] and state <= capacity:
-    if not settings.model["remat"]:
+    if not settings.model.remat:
       lines.append("model.remat=True: a layer's activations are recomputed")
-    if settings.model["head_chunks"] == 1:
+    if settings.model.head_chunks == 1:
       lines.append("model.head_chunks=8: logits exist in eighths")
     each = total // shards
     more = [
@@ -444,9 +444,9 @@ def _smaller_state(plan, settings) -> list[str]:
   """Settings under which less stays in memory."""
   held = plan["resident_by_name_gb"]
   lines = []
-  if settings.lora["settings"] is None and not settings.supervised:
+  if settings.adapter is None and not settings.supervised:
     lines.append("lora.rank=64: an adapter alone has gradients and moments")
-  if settings.model["param_dtype"] == "float32":
+  if settings.model.param_dtype == "float32":
     lines.append(
       f"model.param_dtype=bfloat16: {held['weights']:.1f} GB of weights halve"
     )

@@ -141,25 +141,24 @@ def model_config(settings: settings_lib.Settings) -> families.ModelConfig:
   Raises:
     ValueError: the config names none, or one that cannot be read.
   """
-  model = settings.model
-  if model["folder"]:
-    return checkpoints.load_config(model["folder"]).config
-  if model["published"]:
-    return published.PUBLISHED[model["published"]]
+  if settings.model_folder:
+    return checkpoints.load_config(settings.model_folder).config
+  if settings.model.published:
+    return published.PUBLISHED[settings.model.published]
   if not settings.supervised:
     raise ValueError(
       "model.path='' and model.published='' name no model to plan for; give "
       "--config.model.path=FOLDER, or --config.model.published="
       f"{next(iter(published.PUBLISHED))}."
     )
-  return fresh.new_model(model["new"], jax.random.key(0)).config
+  return fresh.new_model(settings.model.new, jax.random.key(0)).config
 
 
 def abstract_program(
   settings: settings_lib.Settings, config: families.ModelConfig, devices
 ) -> program_lib.Program:
   """The run's Program for devices that are described only."""
-  mesh = sharding.make_mesh(**settings.mesh, devices=devices)
+  mesh = sharding.make_mesh(*settings.mesh.axes, devices=devices)
   model = program_lib.abstract_model(settings, config, mesh)
   return program_lib.assemble(settings, model, mesh)
 
@@ -175,7 +174,7 @@ def check_mesh(
   Raises:
     ValueError: names the nearest setting that works.
   """
-  shape = sharding.mesh_shape(**settings.mesh, devices=devices)
+  shape = sharding.mesh_shape(*settings.mesh.axes, devices=devices)
   tensor = shape[2]
   for name, size in (
     ("query heads", config.heads),
@@ -220,7 +219,7 @@ def describe(program: program_lib.Program) -> Described:
     )
 
   key = place(jax.eval_shape(lambda: jax.random.key(0)), whole)
-  prompts = (settings.rollout.prompts, settings.prompt_length)
+  prompts = (settings.rollout.prompts, settings.data.prompt_length)
   prompts = place(
     (
       jax.ShapeDtypeStruct(prompts, jnp.int32),
@@ -376,7 +375,7 @@ def _head_rows(settings: settings_lib.Settings, sequences: int) -> int:
   )
   masks = jax.eval_shape(
     lambda key, scored: likelihood_lib.draw_masks(
-      key, likelihood, scored, settings.prompt_length
+      key, likelihood, scored, settings.data.prompt_length
     ),
     jax.random.key(0),
     scored,
@@ -691,7 +690,7 @@ def estimate(described: Described, capacity_bytes: float) -> dict[str, Any]:
   """
   program = described.program
   settings, config = program.settings, program.model.config
-  length = settings.prompt_length + settings.sampler.completion_length
+  length = settings.data.prompt_length + settings.sampler.completion_length
   total = settings.rollout.prompts * settings.rollout.group_size
   micro = settings.step.micro_batch
   width = jnp.dtype(config.compute_dtype).itemsize

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import streams
 from rspo_jax.tasks import base
 
@@ -72,7 +73,7 @@ class DemonstrationBatch:
 
 
 def load_examples(
-  task: base.Task, split: str, settings: base.DataSettings
+  task: base.Task, split: str, settings: schema.Data
 ) -> Sequence[base.Example]:
   """Returns a split of a task's data as a random-access sequence.
 

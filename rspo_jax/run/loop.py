@@ -185,9 +185,9 @@ def open_batches(run: Run):
   common = dict(
     prompt=program.prompt,
     encode=program.model.tokenizer.encode,
-    prompt_length=settings.prompt_length,
+    prompt_length=settings.data.prompt_length,
     pad_id=program.model.config.pad_id,
-    long_prompts=settings.long_prompts,
+    long_prompts=settings.data.long_prompts,
     batch_size=settings.rollout.prompts,
     seed=settings.run.seed,
     process_index=jax.process_index(),
@@ -199,7 +199,7 @@ def open_batches(run: Run):
       task=program.task,
       completion_length=settings.sampler.completion_length,
       eos_id=program.model.config.eos_id,
-      corrupt_share=settings.corrupt_share,
+      corrupt_share=settings.data.corrupt_share,
       **common,
     )
   else:
@@ -406,7 +406,7 @@ def _load_evaluated(run: Run) -> str:
     ValueError: there is neither, or the checkpoint cannot be used.
   """
   folder = run.home.address / "checkpoints"
-  path = run.settings.model["path"]
+  path = run.settings.model.path
   before = identity.read_config(run.home.address)
   if before is not None and before["model"].get("path") == path:
     with Checkpointer(folder) as checkpointer:
@@ -445,8 +445,8 @@ def evaluate_only(run: Run, source: str) -> int:
       "temperature": evaluation.sampled.temperature,
       "samples": settings.eval.samples,
       "seed": evaluation.seed,
-      "task": settings.task["name"],
-      "protocol": settings.task["protocol"],
+      "task": settings.task.name,
+      "protocol": settings.task.protocol,
     }
     stem = tables.free_stem(folder / "-".join(parts), line)
     try:
@@ -460,7 +460,7 @@ def evaluate_only(run: Run, source: str) -> int:
       if settings.eval.d1_files:
         texts = [row["completion"] for row in run.greedy_rows]
         name, document = tables.d1_document(
-          settings.task["name"],
+          settings.task.name,
           run.eval_prompts.examples,
           [run.prompt_text(i) for i in range(len(texts))],
           texts,

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from rspo_jax.config import schema
 from rspo_jax.devices import sharding
 from rspo_jax.models import checkpoints
 from rspo_jax.run import program as program_lib
@@ -36,7 +37,7 @@ def check_memory(settings: settings_lib.Settings) -> None:
   Raises:
     ValueError: names need, memory and remedies; in every process.
   """
-  folder = settings.model["folder"]
+  folder = settings.model_folder
   failure = None
   if folder and "://" not in folder and pathlib.Path(folder).is_dir():
     stored = sum(
@@ -48,7 +49,7 @@ def check_memory(settings: settings_lib.Settings) -> None:
       need = resident_bytes(_sketch(settings))
       if need > limit:
         failure = (
-          f"model.path={settings.model['path']!r} needs {_gb(need)} a device "
+          f"model.path={settings.model.path!r} needs {_gb(need)} a device "
           "for parameters, reference, moments and gradient, more than the "
           f"{_gb(limit)} that it has. Use more devices (mesh.fsdp), "
           "model.param_dtype='bfloat16' or a smaller model; launch/plan.py "
@@ -90,7 +91,7 @@ def check_disk(
   _agree(failure)
 
 
-def checkpoints_kept(run: settings_lib.RunSettings) -> int:
+def checkpoints_kept(run: schema.Run) -> int:
   """Complete checkpoints that a run ends with, at most."""
   saves = -(-run.steps // run.checkpoint_every) + 1
   kept = min(run.keep_checkpoints, saves) + run.keep_best
@@ -159,8 +160,8 @@ def _folder_bytes(folder: pathlib.Path) -> int:
 
 def _sketch(settings: settings_lib.Settings) -> program_lib.Program:
   """The program of a run without its weights."""
-  mesh = sharding.make_mesh(**settings.mesh)
-  config = checkpoints.load_config(settings.model["folder"]).config
+  mesh = sharding.make_mesh(*settings.mesh.axes)
+  config = checkpoints.load_config(settings.model_folder).config
   model = program_lib.abstract_model(settings, config, mesh)
   return program_lib.assemble(settings, model, mesh)
 

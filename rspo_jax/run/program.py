@@ -120,7 +120,7 @@ class Program:
     settings = self.settings
     rows = sharding.batch_sharding(self.mesh)
     whole = sharding.replicated(self.mesh)
-    prompts = (settings.rollout.prompts, settings.prompt_length)
+    prompts = (settings.rollout.prompts, settings.data.prompt_length)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = self.policy(self.state_template.params)
     old = []
@@ -150,19 +150,18 @@ class Program:
   @property
   def task(self):
     """The task of the run."""
-    task = self.settings.task
-    return tasks.find(task["name"], task["reward"])
+    return tasks.find(self.settings.task.name, self.settings.reward)
 
   def prompt(self, example) -> str:
     """Text of an example's prompt as the model is given it."""
-    style = self.settings.task["prompt_style"]
+    style = self.settings.task.prompt_style
     return data.prompt_text(self.task, example, style, self.model.tokenizer)
 
   def judge(self, examples, texts) -> rollout.Judged:
     """Verdicts under the run's protocol and reward weights."""
     task = self.settings.task
     return rollout.judge(
-      self.task, examples, texts, task["protocol"], task["weights"]
+      self.task, examples, texts, task.protocol, task.reward_weights or None
     )
 
   def to_text(self, tokens, mask) -> list[str]:
@@ -207,7 +206,7 @@ def _shardings(mesh, config):
 
 def _stored(settings: settings_lib.Settings, params):
   """Parameters in the dtype that they are stored in."""
-  dtype = settings.model["param_dtype"]
+  dtype = settings.model.param_dtype
   return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
@@ -220,57 +219,56 @@ def model_config(
     ValueError: the run's sequences are longer than the checkpoint was made
       for; heads that flash attention cannot take.
   """
-  dtype = settings.model["compute_dtype"]
+  dtype = settings.model.compute_dtype
   if dtype == "auto":
     # Of the devices that compute, which need not be at hand (planner.py).
     platform = mesh.devices.flat[0].platform
     dtype = "float32" if platform == "cpu" else "bfloat16"
-  longest = settings.prompt_length + max(
+  longest = settings.data.prompt_length + max(
     settings.sampler.completion_length,
     *(each.greedy.completion_length for each in settings.evaluations),
   )
   if longest > config.max_length:
     raise ValueError(
-      f"data.prompt_length={settings.prompt_length} and the completion length "
+      f"data.prompt_length={settings.data.prompt_length} and the completion length "
       f"make {longest} tokens, but the checkpoint was made for "
       f"{config.max_length}; shorten one of them."
     )
-  if settings.model["attention"] == "flash":
+  if settings.model.attention == "flash":
     attention.check(config.head_dim, mesh)
   return dataclasses.replace(
     config,
     compute_dtype=dtype,
-    attention=settings.model["attention"],
-    remat=settings.model["remat"],
-    head_chunks=settings.model["head_chunks"],
+    attention=settings.model.attention,
+    remat=settings.model.remat,
+    head_chunks=settings.model.head_chunks,
   )
 
 
 def _load(settings: settings_lib.Settings, mesh) -> checkpoints.Model:
   """The run's model with parameters on the mesh, compute settings applied."""
-  model_settings = settings.model
-  if model_settings["folder"]:
+  if settings.model_folder:
     # Each parameter goes straight to its place: whole, a large model would fit
     # on no single device.
     model = checkpoints.load_model(
-      model_settings["folder"],
-      model_settings["param_dtype"],
+      settings.model_folder,
+      settings.model.param_dtype,
       functools.partial(_shardings, mesh),
     )
   else:
     key = jax.random.fold_in(jax.random.key(settings.run.seed), 0x696E6974)
     try:
-      model = fresh.new_model(model_settings["new"], key)
+      model = fresh.new_model(settings.model.new, key)
     except ValueError as error:
       raise ValueError(f"model.new: {error}") from error
   if model.tokenizer is None:
     raise ValueError(
-      f"model.path={model_settings['path']!r} has no tokenizer.json, so its "
+      f"model.path={settings.model.path!r} has no tokenizer.json, so its "
       "completions cannot be read; put the model's tokenizer files beside it."
     )
   config = model_config(settings, model.config, mesh)
   params = model.params
-  if not model_settings["folder"]:
+  if not settings.model_folder:
     params = _stored(settings, params)
     params = jax.device_put(params, _shardings(mesh, config))
   return dataclasses.replace(model, config=config, params=params)
@@ -303,10 +301,10 @@ def _placed(shapes, shardings):
 
 def build(settings: settings_lib.Settings) -> Program:
   """Loads the model and prepares the jitted functions; compiles nothing."""
-  mesh = sharding.make_mesh(**settings.mesh)
+  mesh = sharding.make_mesh(*settings.mesh.axes)
   model = _load(settings, mesh)
   adapter = None
-  if settings.lora["path"]:
+  if settings.adapter_folder:
     adapter = _load_adapter(settings, model, mesh)
   return assemble(settings, model, mesh, adapter)
 
@@ -317,7 +315,7 @@ def _load_adapter(settings, model, mesh):
   Raises:
     ValueError: the folder is of another rank than was asked for.
   """
-  path, asked = settings.lora["path"], settings.lora["settings"]
+  path, asked = settings.adapter_folder, settings.adapter
   found, adapter, _ = adapters.load_adapter(path, model.config)
   if asked is not None and asked.rank != found.rank:
     raise ValueError(
@@ -348,7 +346,7 @@ def assemble(
   config = model.config
   optimizer = train_step.make_optimizer(settings.optimizer)
   learning_rate = train_step.schedule(settings.optimizer)
-  lora_settings, start = adapter or (settings.lora["settings"], None)
+  lora_settings, start = adapter or (settings.adapter, None)
   params, frozen = model.params, None
   if lora_settings is not None:
     # The reference is the base with the adapter that the run began with.
@@ -360,7 +358,9 @@ def assemble(
       trained = lora.boxed(config, lora_settings, key)
     else:
       trained = _stored(settings, transformer.init(config, key, boxed=True))
-    return train_step.init_state(trained, optimizer, settings.reference_every)
+    return train_step.init_state(
+      trained, optimizer, settings.objective.reference_every
+    )
 
   boxed = jax.eval_shape(fresh_state, jax.random.key(0))
   state_shardings = sharding.shardings(mesh, boxed)
@@ -369,7 +369,7 @@ def assemble(
   jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
   score_fn = transformer.make_logprob_fn(config, mesh)
   both_fn = transformer.make_logprob_fn(config, mesh, dual=True)
-  rollout_mesh = sharding.rollout_mesh(mesh, settings.rollout_tensor)
+  rollout_mesh = sharding.rollout_mesh(mesh, settings.mesh.rollout_tensor)
   raw_denoise_fn = transformer.make_denoise_fn(config, rollout_mesh)
 
   def logprob_fn(params, *arguments):
@@ -401,7 +401,7 @@ def assemble(
 
   lay_out = lay_out_adapter = None
   if rollout_mesh is not mesh:
-    _check_heads(config, settings.rollout_tensor)
+    _check_heads(config, settings.mesh.rollout_tensor)
     lay_out = layout(_shardings(mesh, config), _shardings(rollout_mesh, config))
     if lora_settings is not None:
       boxed_adapter = jax.eval_shape(
@@ -416,7 +416,7 @@ def assemble(
   step = (settings.step, settings.likelihood)
   objective = objectives.OBJECTIVES[settings.objective.name]
   uses_reference = objective.uses_reference(settings.objective)
-  dual = frozen is not None and settings.lora["dual"] and uses_reference
+  dual = frozen is not None and settings.lora.dual and uses_reference
   return Program(
     settings=settings,
     mesh=mesh,
@@ -522,7 +522,7 @@ def fresh_state(program: Program):
 
   def state_of(trained):
     return train_step.init_state(
-      trained, program.optimizer, program.settings.reference_every
+      trained, program.optimizer, program.settings.objective.reference_every
     )
 
   if program.lora is not None and program.params.adapter is None:

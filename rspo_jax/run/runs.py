@@ -50,9 +50,9 @@ def evaluation_prompts(
     examples,
     program.prompt,
     program.model.tokenizer.encode,
-    settings.prompt_length,
+    settings.data.prompt_length,
     program.model.config.pad_id,
-    settings.long_prompts,
+    settings.data.long_prompts,
   )
   return evaluate.Prompts(tokens, mask, examples, int(cut.sum()))
 
@@ -272,7 +272,7 @@ class Run:
         ),
       )
     values = evaluate.metrics(results["greedy"], results["sampled"])
-    if settings.long_prompts == "keep_tail":
+    if settings.data.long_prompts == "keep_tail":
       values["eval/cut_prompts"] = self.eval_prompts.cut
     self.first_eval = self.first_eval or values
     self.last_eval = values
@@ -348,7 +348,7 @@ class Run:
 
   def cut_prompts(self, batch) -> dict[str, int]:
     """How many prompts of a batch lost their beginning, where they may."""
-    if self.settings.long_prompts == "refuse":
+    if self.settings.data.long_prompts == "refuse":
       return {}
     everyone = sharding.gather_json([int(batch.cut.sum())])
     return {"data/cut_prompts": sum(everyone)}
@@ -414,7 +414,7 @@ class Run:
       # so that no two programs take room at a time.
       if self.step + 1 < settings.run.steps:
         following = self.sample(batches, self.step + 1, watch)
-    elif not settings.skip_equal_groups:
+    elif not settings.objective.skip_equal_groups:
       # Nothing about these scores depends on the rewards: the device works on
       # them while the host verifies.
       batch = self.call("presentation", program.present_fn, out)
@@ -431,8 +431,8 @@ class Run:
         ended,
         judged,
         settings.objective,
-        normalize=settings.normalize_advantages,
-        skip_equal_groups=settings.skip_equal_groups,
+        normalize=settings.objective.normalize_advantages,
+        skip_equal_groups=settings.objective.skip_equal_groups,
         scope=settings.likelihood.scope,
         shards=settings.step.shards // jax.process_count(),
         first_row=jax.process_index() * len(texts),
@@ -502,7 +502,7 @@ class Run:
     if not objectives.OBJECTIVES[objective.name].finishes:
       return None, 0.0
     key = jax.random.fold_in(self.rollout_key(self.step), 1)
-    keys = jax.random.split(key, objective.finishes + 1)
+    keys = jax.random.split(key, objective.sapo.finishes + 1)
     forward = jax.random.randint(keys[-1], (), 1, settings.sampler.steps)
     rewards, forwards = [], 0.0
     for own in keys[:-1]:
@@ -689,7 +689,7 @@ class Run:
       records.write_incident(self, bad, values, batch, scores)
     else:
       self.follow_lambda(values)
-      every = self.settings.reference_every
+      every = self.settings.objective.reference_every
       if every and self.step % every == 0:
         self.state = self.call(
           "refreshing", self.program.refresh_fn, self.state
@@ -736,7 +736,7 @@ class Run:
     # Scores that were dispatched before the rewards were known cover all.
     early = not (
       settings.supervised
-      or settings.skip_equal_groups
+      or settings.objective.skip_equal_groups
       or self.scored_inside(batch)
     )
     scored = scored * (1.0 if early else kept) + older
@@ -805,7 +805,7 @@ class Run:
         program.model.config,
         program.lora,
         trained,
-        base=self.settings.model["path"],
+        base=self.settings.model.path,
       )
     model = program_lib.merged(program, trained)
     checkpoints.save_model(model, self.home.address / "model")

@@ -1,7 +1,9 @@
-"""Checks a finished config across fields and cuts it into frozen settings.
+"""A checked config, cut into the frozen settings of the rooms below.
 
-Nothing below this module sees a ConfigDict. Every refusal is a ValueError that
-names the key, its value and a remedy, before anything expensive starts.
+Nothing below this module sees a ConfigDict. Keys are checked one by one by
+`config/schema.py`, across fields by `run/rules.py`; every refusal is a
+ValueError that names the key, its value and a remedy, before anything
+expensive starts.
 """
 
 import dataclasses
@@ -10,41 +12,14 @@ import math
 import os
 from typing import Any
 
-from rspo_jax.run import checks
-from rspo_jax.run.checks import eval_sampler, one_of, rollout_sampler
+from rspo_jax.algorithm import likelihood, objectives, train_step
+from rspo_jax.config import schema
+from rspo_jax.devices import sharding
+from rspo_jax.models import lora
+from rspo_jax.run import rules
 from rspo_jax.sampling import sampler_settings
-
-
-@dataclasses.dataclass(frozen=True)
-class RolloutSettings:
-  """How the completions of a step come about.
-
-  Attributes:
-    prompts: of a step, B.
-    group_size: completions of a prompt, G.
-    temperature: of sampling.
-    keep_groups: groups of a step that are kept at most; 0: all.
-    stale_steps: steps by which the parameters that sample are behind.
-  """
-
-  prompts: int
-  group_size: int
-  temperature: float
-  keep_groups: int
-  stale_steps: int
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalSettings:
-  """What is evaluated, and how many prompts at a time."""
-
-  split: str
-  prompts: int
-  batch: int
-  temperature: float
-  every: int
-  samples: int
-  d1_files: bool
+from rspo_jax.sampling.sampler_settings import SamplerSettings
+from rspo_jax.tasks import own, workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,61 +34,48 @@ class Evaluation:
   """
 
   name: str
-  greedy: sampler_settings.SamplerSettings
-  sampled: sampler_settings.SamplerSettings
+  greedy: SamplerSettings
+  sampled: SamplerSettings
   seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class RunSettings:
-  """Length, seed and outputs of a run."""
-
-  steps: int
-  seed: int
-  checkpoint_every: int
-  keep_checkpoints: int
-  keep_best: int
-  keep_every: int
-  non_finite_limit: int
-  collapse_window: int
-  grace_s: float
-  accept_changes: bool
-  samples_every: int
-  tensorboard: bool
-  logger: str
-  profile: int
-  export: bool
-  compilation_cache: str
-  log: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """A whole run, ready to build."""
+  """A whole run, ready to build.
 
-  model: dict[str, Any]
-  lora: dict[str, Any]  # settings (lora.LoraSettings | None), path, dual
-  task: dict[str, Any]
-  data: Any  # tasks.base.DataSettings
-  prompt_length: int
-  long_prompts: str
-  corrupt_share: float
-  rollout: RolloutSettings
-  sampler: sampler_settings.SamplerSettings  # of training rollouts
-  greedy: sampler_settings.SamplerSettings  # of eval/accuracy
-  sampled: sampler_settings.SamplerSettings  # of eval/accuracy_sampled
-  likelihood: Any  # likelihood.LikelihoodSettings
-  objective: Any  # objectives.ObjectiveSettings
-  normalize_advantages: bool
-  skip_equal_groups: bool
-  reference_every: int
-  optimizer: Any  # train_step.OptimizerSettings
-  step: Any  # train_step.StepSettings
-  mesh: dict[str, int]
-  rollout_tensor: int
-  eval: EvalSettings
-  evaluations: tuple[Evaluation, ...]  # of --mode=eval, one or more
-  run: RunSettings
+  Groups that are used as the config has them keep their names and keys.
+
+  Attributes:
+    model_folder: where model.path leads; "" trains a new model.
+    adapter: settings of a new adapter, or None.
+    adapter_folder: of an adapter that the run starts from, or "".
+    reward: how users' functions are called.
+    sampler: of training rollouts.
+    greedy, sampled: of eval/accuracy and eval/accuracy_sampled.
+    evaluations: of --mode=eval, one or more.
+    step: how an update is cut into pieces.
+  """
+
+  model: schema.Model
+  model_folder: str
+  lora: schema.Lora
+  adapter: lora.LoraSettings | None
+  adapter_folder: str
+  task: schema.Task
+  reward: own.RewardSettings
+  data: schema.Data
+  rollout: schema.Rollout
+  sampler: SamplerSettings
+  greedy: SamplerSettings
+  sampled: SamplerSettings
+  likelihood: likelihood.LikelihoodSettings
+  objective: objectives.ObjectiveSettings
+  optimizer: train_step.OptimizerSettings
+  step: train_step.StepSettings
+  mesh: schema.Mesh
+  eval: schema.Eval
+  evaluations: tuple[Evaluation, ...]
+  run: schema.Run
 
   @property
   def supervised(self) -> bool:
@@ -125,293 +87,180 @@ def build(config, devices: int, planning: bool = False) -> Settings:
   """Checks the config and cuts it into settings.
 
   Args:
-    config: a ConfigDict with exactly the keys of configs/base.py.
+    config: a ConfigDict with exactly the keys of config/schema.py.
     devices: number of devices of the run.
     planning: nothing will run, so that model.path may still be missing.
 
   Raises:
     ValueError: names the first key that cannot be, its value and a remedy.
   """
-  from rspo_jax import tasks
-  from rspo_jax.algorithm import train_step
-  from rspo_jax.devices import sharding
-  from rspo_jax.tasks import base
-
-  checks.check_values(config)
-  reward = _reward_settings(config.reward)
-  task = tasks.find(config.task.name, reward)
-  _check_names(config, task)
-  _check_groups(config, task)
-  if not planning:
-    _check_has_model(config, task)
-  sampler = rollout_sampler(config)
-  shards = _shards(config, devices)
-  masks = _likelihood_settings(config, sampler)
-  objective = _objective_settings(config, masks)
-  _check_objective(config, objective, sampler, shards)
-  _check_leave_one_out(objective, masks)
-  step = _step_settings(config, objective, masks, shards)
-  length = config.eval.completion_length or config.sampler.completion_length
-  updates = config.run.steps * config.train.updates_per_rollout
-  return Settings(
-    model=_model(config.model),
-    lora=_adapter(config.lora),
-    task={
-      "name": task.name,
-      "prompt_style": config.task.prompt_style,
-      "protocol": config.task.protocol,
-      "reward": reward,
-      "weights": config.task.reward_weights.to_dict() or None,
-    },
-    data=base.DataSettings(
-      size=config.data.size,
-      seed=config.data.seed,
-      data_dir=config.data.dir,
-      source=config.data.source,
-    ),
-    prompt_length=config.data.prompt_length,
-    long_prompts=config.data.long_prompts,
-    corrupt_share=config.data.corrupt_share,
-    rollout=RolloutSettings(**config.rollout.to_dict()),
-    sampler=sampler,
-    greedy=eval_sampler(config, length, 0.0),
-    sampled=eval_sampler(config, length, config.eval.temperature),
-    likelihood=masks,
-    objective=objective,
-    normalize_advantages=config.objective.normalize_advantages,
-    skip_equal_groups=config.objective.skip_equal_groups,
-    reference_every=config.objective.reference_every,
-    optimizer=train_step.OptimizerSettings(
-      **config.optimizer.to_dict(), total_steps=updates
-    ),
-    step=step,
-    mesh={axis: config.mesh[axis] for axis in sharding.AXES},
-    rollout_tensor=config.mesh.rollout_tensor,
-    eval=EvalSettings(
-      **{
-        field.name: config.eval[field.name]
-        for field in dataclasses.fields(EvalSettings)
-      }
-    ),
-    evaluations=_evaluations(config, length),
-    run=RunSettings(**config.run.to_dict()),
-  )
+  c = rules.check_early(config)
+  schema.check_names(c)
+  rules.check_before_cutting(c, planning)
+  settings = _cut(c, _shards(c.mesh, devices))
+  rules.check_settings(c, settings)
+  return settings
 
 
-def _check_names(config, task) -> None:
-  """Names that must be in a table of the program."""
-  from rspo_jax.algorithm import likelihood, objectives, train_step
-  from rspo_jax.models.families import published
-  from rspo_jax.tasks import base
-
-  for part in config.task.reward_weights:
-    one_of("part of task.reward_weights", part, task.weights)
-  tables = {
-    "task.prompt_style": task.styles,
-    "task.protocol": base.PROTOCOLS,
-    "eval.split": base.SPLITS,
-    "objective.name": objectives.OBJECTIVES,
-    "likelihood.scheme": likelihood.ESTIMATORS,
-    "likelihood.scope": likelihood.SCOPES,
-    "train.passes": train_step.PASSES,
-    "optimizer.schedule": train_step.SCHEDULES,
-  }
-  for key, allowed in objectives.CHOICES.items():
-    tables[f"objective.{key}"] = allowed
-  if config.model.published:
-    tables["model.published"] = published.PUBLISHED
-  for key, allowed in tables.items():
-    group, _, field = key.partition(".")
-    one_of(key, config[group][field], allowed)
-  if config.run.keep_best and config.eval.split == "test":
-    raise ValueError(
-      f"run.keep_best={config.run.keep_best} would choose by eval.split='test',"
-      " which is for the end; use eval.split='validation', or keep_best=0."
-    )
-
-
-def _check_groups(config, task) -> None:
-  """Demonstrations for supervised runs, completions to compare for others."""
-  size = config.rollout.group_size
-  supervised = config.objective.name == "sft"
-  if supervised and (task.demonstration is None):
-    raise ValueError(
-      f"objective.name='sft' needs demonstrations, which task.name="
-      f"{task.name!r} does not have."
-    )
-  if config.data.corrupt_share and task.corrupt is None:
-    raise ValueError(
-      f"data.corrupt_share={config.data.corrupt_share} needs answers of mixed "
-      f"quality, which task.name={task.name!r} does not have; use 0."
-    )
-  if supervised and size != 1:
-    raise ValueError(
-      f"rollout.group_size={size} has no meaning with "
-      "objective.name='sft': a prompt has one demonstration; use 1."
-    )
-  if not supervised and size < 2:
-    raise ValueError(
-      f"rollout.group_size={size} leaves nothing to "
-      "compare a completion with; use 2 or more."
-    )
-  if not supervised and config.rollout.temperature == 0:
-    raise ValueError(
-      "rollout.temperature=0 gives every group identical completions; use a "
-      "temperature > 0."
-    )
-
-
-def _check_has_model(config, task) -> None:
-  """Reinforcement learning starts from a checkpoint."""
-  if config.model.path or config.objective.name == "sft":
-    return
-  if config.task.prompt_style != "compact":
-    raise ValueError(
-      f"model.path='' names no checkpoint, and task.name={task.name!r} needs "
-      "one that reads and writes text: give --config.model.path=FOLDER with "
-      "LLaDA or Dream in the Hugging Face layout."
-    )
-  names = ", ".join(checks.EMBEDDED + name for name in checks.embedded_names())
-  raise ValueError(
-    "model.path='' names no checkpoint, and reinforcement learning needs "
-    f"one; give a folder or one of {names}."
-  )
-
-
-def _shards(config, devices: int) -> int:
-  """Devices that share the batch; what is divided among them must divide."""
-  from rspo_jax.devices import sharding
-
-  data, fsdp, _ = sharding.mesh_shape(
-    config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices
-  )
-  sharding.check_rollout_tensor(config.mesh.rollout_tensor, devices)
-  shards = data * fsdp
-  for key, value in (
-    ("rollout.prompts", config.rollout.prompts),
-    ("train.micro_batch", config.train.micro_batch),
-    ("eval.batch", config.eval.batch),
-  ):
-    if value % shards:
-      raise ValueError(
-        f"{key}={value} must be a multiple of the {shards} devices that share "
-        f"the batch (mesh.data x mesh.fsdp); use {-(-value // shards) * shards}."
-      )
-  return shards
-
-
-def _likelihood_settings(config, sampler):
-  """How completions are scored (likelihood.LikelihoodSettings)."""
-  from rspo_jax.algorithm import likelihood
-
-  keys = config.likelihood
-  return likelihood.LikelihoodSettings(
-    scheme=keys.scheme,
-    masks=_canvases(config, sampler),
-    scope=keys.scope,
-    block_length=keys.block_length or config.sampler.block_length,
-    prompt_mask=float(keys.prompt_mask),
-    shrink=keys.shrink,
-  )
-
-
-def _objective_settings(config, masks):
-  """The objective and its options (objectives.ObjectiveSettings)."""
-  from rspo_jax.algorithm import objectives
-
-  options = {
-    field.name: config.objective[field.name]
-    for field in dataclasses.fields(objectives.ObjectiveSettings)
-    if field.name in config.objective
-  }
-  options |= {"lambda_": float(config.objective.lambda_)}
-  return objectives.ObjectiveSettings(
-    **options,
-    group_size=config.rollout.group_size,
+def _cut(c: schema.Config, shards: int) -> Settings:
+  """The settings of a config whose keys are fine one by one."""
+  sampler = rules.rollout_sampler(c)
+  length = c.eval.completion_length or c.sampler.completion_length
+  masks = _likelihood_settings(c, sampler)
+  objective = _derived(
+    objectives.ObjectiveSettings,
+    c.objective,
+    group_size=c.rollout.group_size,
     draw_size=masks.draw_size,
   )
-
-
-def _check_leave_one_out(objective, masks) -> None:
-  """A draw left out must leave another one."""
-  from rspo_jax.algorithm import likelihood
-
-  least = 2 * masks.draw_size
-  if objective.gap_masks != "leave_one_out" or masks.masks >= least:
-    return
-  remedy = f"use likelihood.masks={least} or more, not {masks.masks}."
-  if likelihood.ESTIMATORS[masks.scheme].joint:
-    remedy = (
-      f"likelihood.scheme={masks.scheme!r} draws all its masks "
-      "together; use 'uniform'."
-    )
-  raise ValueError(
-    "objective.gap_masks='leave_one_out' needs two independent draws; " + remedy
+  return Settings(
+    model=c.model,
+    model_folder=rules.resolve_model_path(c.model.path),
+    lora=c.lora,
+    adapter=_adapter(c.lora),
+    adapter_folder=os.path.expanduser(c.lora.path),
+    task=c.task,
+    reward=_reward_settings(c.reward),
+    data=c.data,
+    rollout=c.rollout,
+    sampler=sampler,
+    greedy=rules.eval_sampler(c, length, 0.0),
+    sampled=rules.eval_sampler(c, length, c.eval.temperature),
+    likelihood=masks,
+    objective=objective,
+    optimizer=_derived(
+      train_step.OptimizerSettings,
+      c.optimizer,
+      total_steps=c.run.steps * c.train.updates_per_rollout,
+    ),
+    step=_step_settings(c, objective, masks, shards),
+    mesh=c.mesh,
+    eval=c.eval,
+    evaluations=_evaluations(c, length),
+    run=c.run,
   )
 
 
-def _step_settings(config, objective, masks, shards: int):
-  """Micro-batches and passes of an update (train_step.StepSettings)."""
-  from rspo_jax.algorithm import train_step
+def _derived(kind: type, group: Any, **more) -> Any:
+  """A group of keys as the settings that extend it."""
+  values = {
+    field.name: getattr(group, field.name)
+    for field in dataclasses.fields(group)
+  }
+  return kind(**values | more)
 
-  total = config.rollout.prompts * config.rollout.group_size
-  micro = config.train.micro_batch
+
+def _shards(mesh: schema.Mesh, devices: int) -> int:
+  """Devices that share the batch."""
+  data, fsdp, _ = sharding.mesh_shape(
+    mesh.data, mesh.fsdp, mesh.tensor, devices
+  )
+  sharding.check_rollout_tensor(mesh.rollout_tensor, devices)
+  return data * fsdp
+
+
+def _likelihood_settings(c: schema.Config, sampler: SamplerSettings):
+  """How completions are scored (likelihood.LikelihoodSettings)."""
+  return _derived(
+    likelihood.LikelihoodSettings,
+    c.likelihood,
+    masks=_canvases(c, sampler),
+    block_length=c.likelihood.block_length or c.sampler.block_length,
+  )
+
+
+def _canvases(c: schema.Config, sampler: SamplerSettings) -> int:
+  """K; a trace's is one canvas for every `shrink` steps of the sampler.
+
+  Raises:
+    ValueError: names key, value and remedy.
+  """
+  scheme, masks = c.likelihood.scheme, c.likelihood.masks
+  if not likelihood.ESTIMATORS[scheme].needs_trace:
+    return masks
+  # A threshold may commit one position a step, whatever the steps are.
+  longest = sampler.completion_length
+  if not sampler.adaptive:
+    longest = min(longest, sampler.steps)
+  wanted = -(-longest // c.likelihood.shrink)
+  if masks not in (0, wanted):
+    raise ValueError(
+      f"likelihood.masks={masks} must be {wanted}, or 0, with "
+      f"likelihood.scheme={scheme!r}: one canvas for every likelihood.shrink="
+      f"{c.likelihood.shrink} of up to {longest} sampling steps."
+    )
+  return wanted
+
+
+def _step_settings(c: schema.Config, objective, masks, shards: int):
+  """Micro-batches and passes of an update (train_step.StepSettings)."""
+  total = c.rollout.prompts * c.rollout.group_size
+  micro = c.train.micro_batch
+  rules.check_shared(c, shards)
   if total % micro:
     near = shards * _nearest_divisor(total // shards, micro // shards)
     raise ValueError(
       f"train.micro_batch={micro} must divide the {total} sequences of a step "
       f"(rollout.prompts x rollout.group_size); use {near}."
     )
-  step = train_step.StepSettings(
-    micro_batch=micro,
-    passes=config.train.passes,
+  step = _derived(
+    train_step.StepSettings,
+    c.train,
     shards=shards,
-    updates_per_rollout=config.train.updates_per_rollout,
-    micro_masks=_micro_masks(config.train.micro_masks, masks),
+    micro_masks=_micro_masks(c.train.micro_masks, masks),
   )
   train_step.resolve_passes(step, objective, total)
   return step
 
 
-def _model(keys) -> dict[str, Any]:
-  """Where the model comes from and how it computes."""
-  fields = (
-    "path",
-    "published",
-    "compute_dtype",
-    "param_dtype",
-    "attention",
-    "remat",
-    "head_chunks",
-  )
-  return {field: keys[field] for field in fields} | {
-    "folder": checks.resolve_model_path(keys.path),
-    "new": keys.new.to_dict(),
-  }
+def _micro_masks(wish: int, masks) -> int:
+  """`train.micro_masks`, 0 where it is all of them; `masks`: their settings.
 
-
-def _adapter(keys) -> dict[str, Any]:
-  """The adapter that is trained, if any: settings, path, dual."""
-  from rspo_jax.models import lora
-
-  path, here = keys.path, keys.path and "://" not in keys.path
-  if here:
-    path = os.path.expanduser(path)
-  if here and not os.path.isfile(os.path.join(path, "adapter_config.json")):
+  Raises:
+    ValueError: not whole draws, or no divisor of a sequence's masks.
+  """
+  draws, size = masks.masks // masks.draw_size, masks.draw_size
+  if not wish or wish == masks.masks:
+    return 0
+  if wish % size or masks.masks % wish:
+    near = size * _nearest_divisor(draws, max(wish // size, 1))
     raise ValueError(
-      f"lora.path={keys.path!r} holds no adapter_config.json; give a "
-      "folder in PEFT's layout (of a run: DIR/adapter), or leave it empty for "
-      "a new adapter."
+      f"train.micro_masks={wish} must divide the {masks.masks} masks of a "
+      f"sequence and be a multiple of the {size} of a draw with "
+      f"likelihood.scheme={masks.scheme!r}; use {near}."
     )
-  settings = None
-  if keys.rank:
-    settings = lora.LoraSettings(
-      rank=keys.rank,
-      alpha=float(keys.alpha),
-      targets=tuple(filter(None, keys.targets.split(","))),
-      rslora=keys.rslora,
+  return wish
+
+
+def _adapter(keys: schema.Lora) -> lora.LoraSettings | None:
+  """The new adapter that is trained, if any."""
+  if not keys.rank:
+    return None
+  return lora.LoraSettings(
+    rank=keys.rank,
+    alpha=float(keys.alpha),
+    targets=tuple(filter(None, keys.targets.split(","))),
+    rslora=keys.rslora,
+  )
+
+
+def _reward_settings(reward: schema.Reward) -> own.RewardSettings:
+  """How users' functions are called."""
+  try:
+    limits = workers.Limits(
+      time_s=reward.time_limit_s, memory_bytes=reward.memory_mb << 20
     )
-  return {"settings": settings, "path": path, "dual": keys.dual}
+  except ValueError as error:
+    raise ValueError(f"reward.memory_mb={reward.memory_mb}: {error}") from error
+  return own.RewardSettings(reward.extra, reward.workers, limits)
+
+
+def _nearest_divisor(number: int, wish: int) -> int:
+  """The divisor of a number that is nearest to a wish."""
+  low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+  return min(
+    (d for n in low for d in (n, number // n)), key=lambda d: abs(d - wish)
+  )
 
 
 def _listed(key: str, text: str, kind, what: str) -> list:
@@ -467,10 +316,10 @@ def _sampler_changes(text: str) -> dict[str, Any]:
   for part in text.split("+"):
     key, equals, value = part.strip().partition("=")
     if not equals:
-      one_of("the part", key, names)
+      schema.one_of("the part", key, names)
       changes[names[key]] = key
       continue
-    one_of("the number", key, numbers)
+    schema.one_of("the number", key, numbers)
     try:
       changes[key] = numbers[key](value)
     except ValueError as error:
@@ -478,14 +327,14 @@ def _sampler_changes(text: str) -> dict[str, Any]:
   return changes
 
 
-def _evaluations(config, length: int) -> tuple[Evaluation, ...]:
+def _evaluations(c: schema.Config, length: int) -> tuple[Evaluation, ...]:
   """The evaluations of --mode=eval: lengths x samplers x seeds.
 
   Args:
-    config: the config.
+    c: the config.
     length: completion length where no list says otherwise.
   """
-  e = config.eval
+  e = c.eval
   lengths = _listed(
     "eval.completion_lengths",
     e.completion_lengths,
@@ -498,9 +347,9 @@ def _evaluations(config, length: int) -> tuple[Evaluation, ...]:
   )
   found = []
   for own_length, spec, seed in itertools.product(
-    lengths or [length], specs or [""], seeds or [config.run.seed]
+    lengths or [length], specs or [""], seeds or [c.run.seed]
   ):
-    pair = [eval_sampler(config, own_length, t) for t in (0.0, e.temperature)]
+    pair = [rules.eval_sampler(c, own_length, t) for t in (0.0, e.temperature)]
     if spec:
       try:
         changes = _sampler_changes(spec)
@@ -512,158 +361,3 @@ def _evaluations(config, length: int) -> tuple[Evaluation, ...]:
     name = "-".join([spec] * bool(specs) + [f"seed{seed}"] * bool(seeds))
     found.append(Evaluation(name, *pair, seed))
   return tuple(found)
-
-
-def _canvases(config, sampler) -> int:
-  """K; a trace's is one canvas for every `shrink` steps of the sampler.
-
-  Args:
-    config: the whole config.
-    sampler: `SamplerSettings` of the rollouts.
-
-  Raises:
-    ValueError: names key, value and remedy.
-  """
-  from rspo_jax.algorithm import likelihood
-
-  scheme, masks = config.likelihood.scheme, config.likelihood.masks
-  if not likelihood.ESTIMATORS[scheme].needs_trace:
-    return masks
-  # A threshold may commit one position a step, whatever the steps are.
-  longest = sampler.completion_length
-  if not sampler.adaptive:
-    longest = min(longest, sampler.steps)
-  wanted = -(-longest // config.likelihood.shrink)
-  if masks not in (0, wanted):
-    raise ValueError(
-      f"likelihood.masks={masks} must be {wanted}, or 0, with "
-      f"likelihood.scheme={scheme!r}: one canvas for every likelihood.shrink="
-      f"{config.likelihood.shrink} of up to {longest} sampling steps."
-    )
-  return wanted
-
-
-def _check_objective(config, objective, sampler, shards: int) -> None:
-  """Refuses what an objective cannot be trained with.
-
-  Args:
-    config: the whole config.
-    objective: `ObjectiveSettings`.
-    sampler: `SamplerSettings` of the rollouts.
-    shards: devices that share the batch.
-
-  Raises:
-    ValueError: names key, value and remedy.
-  """
-  from rspo_jax.algorithm import likelihood, objectives
-
-  entry = objectives.OBJECTIVES[objective.name]
-  scheme = config.likelihood.scheme
-  if entry.estimators is not None and scheme not in entry.estimators:
-    raise ValueError(
-      f"likelihood.scheme={scheme!r} cannot serve objective.name="
-      f"{objective.name!r}; use {' or '.join(map(repr, entry.estimators))}."
-    )
-  estimator = likelihood.ESTIMATORS[scheme]
-  if estimator.needs_trace and objective.name == "sft":
-    raise ValueError(
-      f"likelihood.scheme={scheme!r} follows the sampler's steps, and "
-      "demonstrations have none; use 'uniform'."
-    )
-  if config.train.updates_per_rollout > 1 and not entry.reuse:
-    raise ValueError(
-      f"train.updates_per_rollout={config.train.updates_per_rollout} has no "
-      f"meaning with objective.name={objective.name!r}, which has no rollouts; "
-      "use 1."
-    )
-  if config.rollout.stale_steps:
-    reason = objectives.on_policy_reason(objective)
-    if reason:
-      raise ValueError(
-        f"rollout.stale_steps={config.rollout.stale_steps} trains on "
-        f"completions of older parameters, but {reason}. Otherwise use "
-        "rollout.stale_steps=0."
-      )
-  if entry.needs_difference and not config.objective.skip_equal_groups:
-    raise ValueError(
-      "objective.skip_equal_groups=False leaves groups without any right-wrong "
-      f"pair, from which objective.name={objective.name!r} learns nothing while "
-      "momentum goes on; use True."
-    )
-  if entry.finishes and (
-    sampler.adaptive
-    or sampler.cache != "none"
-    or sampler.stop_at_eos
-    or sampler.steps < 2
-  ):
-    raise ValueError(
-      f"objective.name={objective.name!r} finishes partial canvases by the "
-      "sampler's fixed schedule; use sampler.cache='none', threshold=0, "
-      "factor=0, stop_at_eos=False and at least 2 steps."
-    )
-  keep = config.rollout.keep_groups
-  if keep and not config.objective.skip_equal_groups:
-    raise ValueError(
-      f"rollout.keep_groups={keep} chooses among groups whose rewards differ; "
-      "use objective.skip_equal_groups=True, or keep_groups=0."
-    )
-  if keep % shards:
-    raise ValueError(
-      f"rollout.keep_groups={keep} must be a multiple of the {shards} devices "
-      f"that share the batch; use {-(-keep // shards) * shards}."
-    )
-  if objective.lambda_share and not objective.lambda_:
-    raise ValueError(
-      f"objective.lambda_share={objective.lambda_share} needs a lambda to start "
-      "from; use objective.lambda_=1, or lambda_share=0."
-    )
-  if objective.solved_advantage and objective.name != "rspo":
-    raise ValueError(
-      f"objective.solved_advantage={objective.solved_advantage} belongs to "
-      f"objective.name='rspo'; use 0 with {objective.name!r}."
-    )
-  if config.objective.reference_every and not entry.uses_reference(objective):
-    raise ValueError(
-      f"objective.reference_every={config.objective.reference_every} refreshes "
-      f"a reference that objective.name={objective.name!r} does not use; use 0."
-    )
-
-
-def _reward_settings(reward):
-  """How users' functions are called (tasks.own.RewardSettings)."""
-  from rspo_jax.tasks import own, workers
-
-  try:
-    limits = workers.Limits(
-      time_s=reward.time_limit_s, memory_bytes=reward.memory_mb << 20
-    )
-  except ValueError as error:
-    raise ValueError(f"reward.memory_mb={reward.memory_mb}: {error}") from error
-  return own.RewardSettings(reward.extra, reward.workers, limits)
-
-
-def _micro_masks(wish: int, masks: Any) -> int:
-  """`train.micro_masks`, 0 where it is all of them; `masks`: their settings.
-
-  Raises:
-    ValueError: not whole draws, or no divisor of a sequence's masks.
-  """
-  draws, size = masks.masks // masks.draw_size, masks.draw_size
-  if not wish or wish == masks.masks:
-    return 0
-  if wish % size or masks.masks % wish:
-    near = size * _nearest_divisor(draws, max(wish // size, 1))
-    raise ValueError(
-      f"train.micro_masks={wish} must divide the {masks.masks} masks of a "
-      f"sequence and be a multiple of the {size} of a draw with "
-      f"likelihood.scheme={masks.scheme!r}; use {near}."
-    )
-  return wish
-
-
-def _nearest_divisor(number: int, wish: int) -> int:
-  """The divisor of a number that is nearest to a wish."""
-  low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-  return min(
-    (d for n in low for d in (n, number // n)), key=lambda d: abs(d - wish)
-  )

@@ -145,7 +145,7 @@ def described(run: Run) -> str:
     f"{size:,} trained parameters on {jax.device_count()} "
     f"{jax.devices()[0].device_kind} ({mesh}); {total} sequences a step in "
     f"micro-batches of {settings.step.micro_batch}; prompts of "
-    f"{settings.prompt_length}, completions of "
+    f"{settings.data.prompt_length}, completions of "
     f"{settings.sampler.completion_length} tokens"
   )
 

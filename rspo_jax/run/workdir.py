@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rspo_jax.config import identity
+from rspo_jax.config import identity, schema
 from rspo_jax.devices import sharding
 from rspo_jax.reporting import trackers
 from rspo_jax.run import provenance
@@ -112,7 +112,7 @@ def _open_trackers(run: Run) -> None:
   config = {
     key: value
     for key, value in identity.flat(run.config).items()
-    if key not in identity.FREE_KEYS
+    if key not in schema.FREE_KEYS
   }
   run.writer.attach(
     trackers.Trackers(wanted, run.workdir, config, run.writer.warn)

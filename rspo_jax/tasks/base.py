@@ -8,6 +8,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from rspo_jax.config import schema
+
 Example = dict[str, Any]
 
 PROTOCOLS = ("strict", "d1")
@@ -38,30 +40,12 @@ class Verdict:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
-  """Where examples come from.
-
-  Attributes:
-    size: builder config of a generated task: `small` or `large`.
-    seed: of the generated data.
-    data_dir: folder of prepared datasets; empty: RSPO_JAX_DATA or
-      ~/.cache/rspo_jax/datasets.
-    source: JSONL or CSV file read instead of a prepared dataset; empty: none.
-  """
-
-  size: str = "small"
-  seed: int = 0
-  data_dir: str = ""
-  source: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
 class Task:
   """One benchmark.
 
   Attributes:
     name: key in `TASKS`.
-    load: (split, DataSettings) -> random-access sequence of examples.
+    load: (split, schema.Data) -> random-access sequence of examples.
     prompt: (example, style) -> text of the prompt.
     demonstration: example -> the clean compact answer; None where the task has
       no demonstrations.
@@ -79,7 +63,7 @@ class Task:
   """
 
   name: str
-  load: Callable[[str, DataSettings], Sequence[Example]]
+  load: Callable[[str, schema.Data], Sequence[Example]]
   prompt: Callable[[Example, str], str]
   demonstration: Callable[[Example], str] | None
   corrupt: Callable[[Example, Any], str] | None

@@ -8,6 +8,7 @@ over + - * / and parentheses in the given numbers, optionally followed by
 
 from collections.abc import Mapping, Sequence
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import countdown as generator
 from rspo_jax.datasets import files
 from rspo_jax.tasks import answers, base, d1, prompts
@@ -214,7 +215,7 @@ def _whole(value) -> int:
   return int(value)
 
 
-def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
+def load(split: str, settings: schema.Data) -> Sequence[base.Example]:
   """Loads a split of the generated data, or of `settings.source`."""
   base.check_split(split)
   if settings.source:
@@ -223,7 +224,7 @@ def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
 
   return Examples(
     builders.load_columns(
-      "countdown", split, settings.size, settings.seed, settings.data_dir
+      "countdown", split, settings.size, settings.seed, settings.dir
     )
   )
 

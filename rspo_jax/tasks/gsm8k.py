@@ -12,6 +12,7 @@ import fractions
 import re
 from collections.abc import Mapping, Sequence
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import downloads, files
 from rspo_jax.tasks import answers, base, d1, prompts
 
@@ -189,11 +190,11 @@ def parse_row(row) -> base.Example:
   return example
 
 
-def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
+def load(split: str, settings: schema.Data) -> Sequence[base.Example]:
   """Loads a split of `settings.source`, or of the published files."""
   base.check_split(split)
   if not settings.source:
-    path = downloads.fetch("gsm8k", split, settings.data_dir)
+    path = downloads.fetch("gsm8k", split, settings.dir)
     return files.load_split(str(path), split, parse_row)
   return files.load_split(settings.source, split, parse_row)
 

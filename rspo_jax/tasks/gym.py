@@ -25,6 +25,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import files
 from rspo_jax.tasks import answers, base, own, workers
 
@@ -274,7 +275,7 @@ def make_task(name: str, settings: own.RewardSettings) -> base.Task:
   """
   generator, options = parse(name)
 
-  def load(split: str, data: base.DataSettings) -> Sequence[base.Example]:
+  def load(split: str, data: schema.Data) -> Sequence[base.Example]:
     base.check_split(split)
     if data.source:
       raise ValueError(
@@ -291,7 +292,7 @@ def make_task(name: str, settings: own.RewardSettings) -> base.Task:
       options,
       data.seed,
       ENTRIES[data.size],
-      data.data_dir,
+      data.dir,
       settings.processes,
     )[split]
 

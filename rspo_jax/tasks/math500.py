@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import downloads, files
 from rspo_jax.tasks import answers, base, d1, prompts, workers
 
@@ -269,7 +270,7 @@ def _place(path: str, gold: str) -> str:
   return path
 
 
-def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
+def load(split: str, settings: schema.Data) -> Sequence[base.Example]:
   """Loads a split of `settings.source`, or of the published files.
 
   Every gold answer of the caller's own file must be readable; of the published
@@ -279,7 +280,7 @@ def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
   source = settings.source
   path = source.replace("{split}", split)
   if not source:
-    path = source = str(downloads.fetch("math500", split, settings.data_dir))
+    path = source = str(downloads.fetch("math500", split, settings.dir))
   examples = files.load_split(source, split, parse_row)
   bad = _unreadable([example["ground_truth"] for example in examples])
   if not bad:

@@ -25,6 +25,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import files
 from rspo_jax.tasks import base, prompts, workers
 
@@ -141,7 +142,7 @@ def make_task(target: str, settings: RewardSettings) -> base.Task:
   def pool() -> workers.Workers:
     return _pool(target, settings.processes, settings.limits)
 
-  def load(split: str, data: base.DataSettings) -> Sequence[base.Example]:
+  def load(split: str, data: schema.Data) -> Sequence[base.Example]:
     base.check_split(split)
     if not data.source:
       raise ValueError(

@@ -9,6 +9,7 @@ solution, a short answer counting as zeros at its end.
 
 from collections.abc import Mapping, Sequence
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import files
 from rspo_jax.tasks import answers, base, d1, prompts
 
@@ -169,7 +170,7 @@ def parse_row(row) -> base.Example:
   return {"puzzle": puzzle, "ground_truth": solution}
 
 
-def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
+def load(split: str, settings: schema.Data) -> Sequence[base.Example]:
   """Loads a split of the generated data, or of `settings.source`."""
   base.check_split(split)
   if settings.source:
@@ -178,7 +179,7 @@ def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:
 
   return Examples(
     builders.load_columns(
-      "sudoku", split, settings.size, settings.seed, settings.data_dir
+      "sudoku", split, settings.size, settings.seed, settings.dir
     )
   )
 

@@ -168,9 +168,9 @@ class Bench:
       examples,
       program.prompt,
       program.model.tokenizer.encode,
-      settings.prompt_length,
+      settings.data.prompt_length,
       self.config.pad_id,
-      settings.long_prompts,
+      settings.data.long_prompts,
     )[:2]
     key = train_step.stream_key(settings.run.seed, 0, train_step.ROLLOUT)
     placed = sharding.put_global(program.mesh, (tokens, mask))
@@ -479,7 +479,7 @@ def run(argv: list[str]) -> int:
     program = program_lib.build(settings)
     policy = checkpoints.load_model(
       folder,
-      settings.model["param_dtype"],
+      settings.model.param_dtype,
       functools.partial(program_lib._shardings, program.mesh),
     )
     bench = Bench(program, policy.params, options["sequences"])

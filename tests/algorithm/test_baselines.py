@@ -1,5 +1,6 @@
 """The other objectives: values and gradients of their equations, by loops."""
 
+import dataclasses
 import functools
 import math
 
@@ -10,6 +11,7 @@ import pytest
 
 from rspo_jax.algorithm import baselines, objectives
 from rspo_jax.algorithm.objectives import ObjectiveSettings, Sizes, Terms
+from rspo_jax.config import schema
 
 PROMPTS, GROUP, MASKS, LENGTH = 2, 3, 2, 4
 N = PROMPTS * GROUP
@@ -26,7 +28,14 @@ def fast_compilation():
 
 
 def settings_of(name, **options):
-  default = dict(group_size=GROUP, clip=0.2, kl_weight=0.3, beta=0.7)
+  """Settings of an objective; its own options go into its own group."""
+  own = getattr(schema.Objective(), name, None)
+  if hasattr(own, "beta"):
+    options = {"beta": 0.7} | options
+  changes = {k: options.pop(k) for k in list(options) if hasattr(own, k)}
+  if changes:
+    options[name] = dataclasses.replace(own, **changes)
+  default = dict(group_size=GROUP, clip=0.2, kl_weight=0.3)
   return ObjectiveSettings(name=name, **(default | options))
 
 
@@ -146,7 +155,7 @@ def gdpo(t, policy, s):
     n = t.length[i]
     change = n * (policy[i].mean() - t.old[i].mean())
     away = n * (t.reference[i].mean() - policy[i].mean())
-    if s.ratio_norm == "length":
+    if s.gdpo.ratio_norm == "length":
       total -= surrogate(math.exp(change / n), t.advantage[i], s.clip)
       total += s.kl_weight * gap_kl(away / n)
     else:
@@ -164,14 +173,14 @@ def vrpo(t, policy, s):
     pairs = [
       (w, x) for w in own for x in own if t.advantage[w] > t.advantage[x]
     ]
-    if s.pairs == "extremes" and pairs:
+    if s.vrpo.pairs == "extremes" and pairs:
       rank = sorted(own, key=lambda i: t.advantage[i])
       pairs = [(rank[-1], rank[0])]
     total = 0.0
     d = {i: t.length[i] * (policy[i] - t.reference[i]).mean() for i in own}
     for winner, loser in pairs:
-      total += math.log1p(math.exp(-s.beta * (d[winner] - d[loser])))
-      total -= s.sft_weight * policy[winner].mean()
+      total += math.log1p(math.exp(-s.vrpo.beta * (d[winner] - d[loser])))
+      total -= s.vrpo.sft_weight * policy[winner].mean()
     losses.append(total / max(len(pairs), 1))
   return np.mean(losses)
 
@@ -190,16 +199,16 @@ def spg(t, policy, s):
         for k in range(MASKS):
           if inside[k, j]:
             share = inside[k].sum() / n
-            e += math.exp(policy[i, k, j]) ** s.bound_power / share / MASKS
+            e += math.exp(policy[i, k, j]) ** s.spg.bound_power / share / MASKS
         if e > 0:
-          logs.append(math.log(e) / s.bound_power)
-      upper, w = np.mean(logs), s.bound_mix
+          logs.append(math.log(e) / s.spg.bound_power)
+      upper, w = np.mean(logs), s.spg.bound_mix
       score = {
         "mix": w * upper + (1 - w) * score,
         "eubo": upper,
         "elbo": score,
         "none": 0.0,
-      }[s.negative_score]
+      }[s.spg.negative_score]
     total -= n * t.advantage[i] * score
     tokens += n
   return total / tokens
@@ -214,7 +223,7 @@ def tracerl(t, policy, s):
     delta = policy[i, 0, inside] - t.old[i, 0, inside]
     gains = [surrogate(math.exp(x), t.advantage[i], s.clip) for x in delta]
     kl = [math.exp(-x) - 1 + x for x in delta]
-    reduce = np.mean if s.kl_reduction == "mean" else np.sum
+    reduce = np.mean if s.tracerl.kl_reduction == "mean" else np.sum
     total += -np.mean(gains) + s.kl_weight * reduce(kl)
     rows += 1
   return total / rows
@@ -237,7 +246,7 @@ def trafl(t, policy, s):
       continue
     error = [
       (policy[i] - t.reference[i]).mean()
-      - s.beta / t.count[i].mean() * t.advantage[i]
+      - s.trafl.beta / t.count[i].mean() * t.advantage[i]
       for i in own
     ]
     total += sum((e - np.mean(error)) ** 2 for e in error)
@@ -421,8 +430,8 @@ REFUSED = [
     "'sft' has no rollouts. Otherwise use rollout.stale_steps=0",
   ),
   ({"objective.clip": -0.1}, r"objective\.clip=-0\.1"),
-  ({"objective.beta": 0.0}, r"objective\.beta=0\.0"),
-  ({"objective.pairs": "some"}, r"objective\.pairs='some'"),
+  ({"objective.vrpo.beta": 0.0}, r"objective\.vrpo\.beta=0\.0"),
+  ({"objective.vrpo.pairs": "some"}, r"objective\.vrpo\.pairs='some'"),
   ({"rollout.group_size": 1}, "nothing to compare"),
 ]
 
@@ -433,9 +442,7 @@ def test_what_an_objective_cannot_use_is_refused(changes, message):
   from rspo_jax.run import settings
 
   config = countdown.get_config()
-  for key, value in changes.items():
-    group, _, field = key.partition(".")
-    config[group][field] = value
+  config.update_from_flattened_dict(changes)
   with pytest.raises(ValueError, match=message):
     settings.build(config, 1)
 

@@ -11,6 +11,7 @@ import pytest
 
 from rspo_jax.algorithm import likelihood, objectives
 from rspo_jax.algorithm.objectives import ObjectiveSettings, Terms
+from rspo_jax.config import schema
 
 PROMPTS, GROUP, MASKS = 3, 4, 4
 N = PROMPTS * GROUP
@@ -101,8 +102,8 @@ def definition(terms, settings):
 VARIANTS = [
   settings_of(lambda_=lambda_, lambda_unit=unit, centring=centring)
   for lambda_ in (0.0, 3.0)
-  for unit in objectives.LAMBDA_UNITS
-  for centring in objectives.CENTRINGS
+  for unit in schema.LAMBDA_UNITS
+  for centring in schema.CENTRINGS
 ] + [settings_of(subtract_reference=False)]
 NAMES = [
   f"{s.lambda_}-{s.lambda_unit}-{s.centring}-{s.subtract_reference}"
@@ -126,7 +127,7 @@ def test_the_objective_and_its_weights_are_those_of_the_definition(
   np.testing.assert_allclose(gradient, weight, rtol=2e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("centring", objectives.CENTRINGS)
+@pytest.mark.parametrize("centring", schema.CENTRINGS)
 def test_the_gradient_is_lambda_times_that_of_least_squares(centring):
   settings = settings_of(lambda_=0.7, centring=centring)
   terms = terms_of(settings)
@@ -151,7 +152,7 @@ def test_the_gradient_is_lambda_times_that_of_least_squares(centring):
     )
 
 
-@pytest.mark.parametrize("unit", objectives.LAMBDA_UNITS)
+@pytest.mark.parametrize("unit", schema.LAMBDA_UNITS)
 def test_lambda_zero_is_advantage_weighted_elbo_and_divides_by_nothing(unit):
   settings = settings_of(lambda_=0.0, lambda_unit=unit)
   assert (objectives.targets(np.ones(3, np.float32), 0.0) == 0).all()
@@ -239,9 +240,9 @@ def test_the_order_within_a_group_does_not_matter():
 
 
 @pytest.mark.parametrize("name", ("rspo", "rft", "sft"))
-@pytest.mark.parametrize("gap_masks", objectives.GAP_MASKS)
+@pytest.mark.parametrize("gap_masks", schema.GAP_MASKS)
 def test_dropped_groups_influence_nothing(name, gap_masks):
-  for centring in objectives.CENTRINGS:
+  for centring in schema.CENTRINGS:
     settings = settings_of(name=name, gap_masks=gap_masks, centring=centring)
     terms = terms_of(settings, keep=DROPPED)
     noise = 100 * (1 - DROPPED)

@@ -14,6 +14,7 @@ import optax
 import pytest
 
 from rspo_jax.algorithm import likelihood, objectives, train_step
+from rspo_jax.config import schema
 from rspo_jax.devices import sharding
 from rspo_jax.models import transformer
 from rspo_jax.models.families import ModelConfig
@@ -207,7 +208,7 @@ def assert_close(a, b, tolerance=1e-6):
   assert squares(difference) ** 0.5 <= tolerance * squares(a) ** 0.5
 
 
-@pytest.mark.parametrize("centring", objectives.CENTRINGS)
+@pytest.mark.parametrize("centring", schema.CENTRINGS)
 def test_every_way_to_cut_a_batch_gives_the_gradient_of_the_definition(
   centring,
 ):

@@ -10,9 +10,9 @@ import pytest
 
 import rspo_jax
 from configs import base
-from rspo_jax.config import identity, load
+from rspo_jax.config import identity, load, schema
 from rspo_jax.models import lora
-from rspo_jax.run import checks, settings
+from rspo_jax.run import settings
 from rspo_jax.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_every_argument_builds(name, arg, tiny):
       settings.build(config, 1)
     config.model.path = str(tiny.checkpoint)
   built = settings.build(config, 1)
-  assert built.task["name"] in TASKS
+  assert built.task.name in TASKS
   if arg == "smoke":
     assert built.run.steps <= 10
   else:
@@ -167,50 +167,48 @@ def test_no_key_is_read_that_does_not_exist():
         assert f"{match[1]}.{match[2]}" in known, f"{path.name}: {text}"
 
 
-def test_tables_of_checks_name_existing_keys():
-  known = identity.flat(base.get_config().to_dict())
-  for table in (
-    checks._POSITIVE,
-    checks._NOT_NEGATIVE,
-    checks._RANGES,
-    checks._CHOICES,
-    checks._SEEDS,
-    identity.FREE_KEYS,
-  ):
-    assert set(table) <= known.keys()
+def test_every_key_has_a_meaning_and_every_number_a_range():
+  unbounded = {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # -1 is a value
+  for name, field, value in schema.walk():
+    rules = field.metadata
+    assert rules["meaning"], name
+    bounded = rules["at_least"] is not None or rules["above"] is not None
+    if type(value) in (int, float):
+      assert bounded or name in unbounded, name
+    if rules["choices"]:
+      assert value in rules["choices"], name
 
 
-def test_every_number_is_bounded():
-  """Nothing numeric passes unchecked: each key stands in one of the tables."""
-  elsewhere = {
-    "optimizer.eps",
-    "objective.beta",
-    "objective.bound_power",
-    "optimizer.clip_norm",
-    "reward.time_limit_s",
-    "mesh.data",
-    "mesh.fsdp",
-    "mesh.tensor",
-  }
-  checked = {
-    *checks._POSITIVE,
-    *checks._NOT_NEGATIVE,
-    *checks._RANGES,
-  }
-  for key, value in identity.flat(base.get_config().to_dict()).items():
-    if type(value) in (int, float) and not key.startswith("model.new."):
-      assert key in checked | elsewhere, key
+def test_typed_and_plain_are_inverse():
+  values = schema.plain()
+  values["task"]["reward_weights"] = {"correct": 0.5}
+  values["objective"]["spg"]["bound_mix"] = 0.25
+  assert schema.plain(schema.typed(values)) == values
+  assert base.get_config().to_dict() == schema.plain()
 
 
-def test_every_key_has_a_comment_or_stands_under_one():
-  lines = (ROOT / "configs" / "base.py").read_text().splitlines()
-  bare = 0
-  for before, line in itertools.pairwise(lines):
-    if re.match(r"  \w+\.\w+ = ", line) and "ConfigDict" not in line:
-      said = "#" in line or before.lstrip().startswith("#")
-      bare += not said
-  # Names that say it all (width, layers, heads, b1, eps, seed, steps, ...).
-  assert bare <= 20
+@pytest.mark.parametrize(
+  ("key", "value", "said"),
+  [
+    ("run.steps", 0, "run.steps=0 must be at least 1."),
+    ("eval.every", -1, "eval.every=-1 must not be negative."),
+    ("optimizer.b1", 1.0, r"optimizer.b1=1.0 must lie in \[0, 1\)."),
+    ("data.corrupt_share", 1.5, r"=1.5 must lie in \[0, 1\]."),
+    ("objective.vrpo.beta", 0.0, "vrpo.beta=0.0 must be greater than 0."),
+    ("objective.clip", float("nan"), "objective.clip=nan must be a finite"),
+    ("run.seed", 2**32, "run.seed=4294967296 is too large"),
+    ("objective.spg.negative_score", "mux", "did you mean 'mix'"),
+  ],
+)
+def test_a_value_out_of_its_range_is_refused_by_name(key, value, said):
+  values = schema.plain()
+  *groups, name = key.split(".")
+  group = values
+  for part in groups:
+    group = group[part]
+  group[name] = value
+  with pytest.raises(ValueError, match=said):
+    schema.check_values(schema.typed(values))
 
 
 # Embedded checkpoints.
@@ -220,7 +218,7 @@ def test_every_key_has_a_comment_or_stands_under_one():
 def test_embedded_checkpoints_fit_their_config(name):
   config = config_of(name)
   built = settings.build(config, 1)
-  folder = pathlib.Path(built.model["folder"])
+  folder = pathlib.Path(built.model_folder)
   assert sum(path.stat().st_size for path in folder.iterdir()) <= 2**20
   model = rspo_jax.load_model(folder)
   task = TASKS[name]
@@ -240,17 +238,17 @@ def test_embedded_checkpoints_fit_their_config(name):
         "puzzle": _text(row["puzzle"]),
         "ground_truth": _text(row["solution"]),
       }
-    prompt = task.prompt(example, built.task["prompt_style"])
+    prompt = task.prompt(example, built.task.prompt_style)
     answer = task.demonstration(example)
     for text, budget in (
-      (prompt, built.prompt_length),
+      (prompt, built.data.prompt_length),
       (answer, built.sampler.completion_length),
     ):
       ids = model.tokenizer.encode(text)
       assert len(ids) <= budget
       assert model.tokenizer.decode(ids) == text
     assert task.verify(example, answer).correct
-  longest = built.prompt_length + built.sampler.completion_length
+  longest = built.data.prompt_length + built.sampler.completion_length
   assert longest <= model.config.max_length
 
 
@@ -273,8 +271,8 @@ def test_large_models_are_adapted_and_with_full_trained_whole(name, model):
   assert whole.model.param_dtype == whole.optimizer.moment_dtype == "bfloat16"
   for config in (adapted, whole):
     built = settings.build(config, 4, planning=True)
-    assert (built.lora["settings"] is None) == (config is whole)
-    assert built.model["remat"] and not built.model["path"]
+    assert (built.adapter is None) == (config is whole)
+    assert built.model.remat and not built.model.path
   # Named but not there: the command says what is missing.
   with pytest.raises(ValueError, match=r"model\.path=''"):
     settings.build(adapted, 4)
@@ -291,9 +289,7 @@ def test_runs_of_the_study_cost_the_same(name):
   tuned, seeds = {}, set()
   for entry in entries:
     config = runs[name].config(entry.arg)
-    for key, value in entry.overrides.items():
-      group, _, field = key.partition(".")
-      config[group][field] = value
+    config.update_from_flattened_dict(entry.overrides)
     built = settings.build(config, 1)
     objective = objectives.OBJECTIVES[built.objective.name]
     updates = built.step.updates_per_rollout

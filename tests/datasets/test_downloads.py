@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from rspo_jax.config import schema
 from rspo_jax.datasets import downloads
 from rspo_jax.run import data
 from rspo_jax.tasks import TASKS, base
@@ -69,7 +70,7 @@ def server(tmp_path, monkeypatch):
 def test_a_task_without_a_source_reads_the_published_files(
   name, server, tmp_path
 ):
-  settings = base.DataSettings(data_dir=str(tmp_path / "data"))
+  settings = schema.Data(dir=str(tmp_path / "data"))
   splits = {
     split: data.load_examples(TASKS[name], split, settings)
     for split in base.SPLITS
@@ -102,7 +103,7 @@ def test_what_is_not_the_published_file_is_refused_and_not_kept(
     path.unlink()
   else:
     path.write_text(damage(path.read_text()))
-  settings = base.DataSettings(data_dir=str(tmp_path / "data"))
+  settings = schema.Data(dir=str(tmp_path / "data"))
   with pytest.raises(data.DataError, match=said) as error:
     data.load_examples(TASKS[name], "test", settings)
   assert "data.source=PATH" in str(error.value)
@@ -115,7 +116,7 @@ def test_without_a_network_the_remedy_is_named(server, tmp_path, monkeypatch):
     downloads.FILES["gsm8k"]["test"], url="http://127.0.0.1:1/test.jsonl"
   )
   monkeypatch.setitem(downloads.FILES["gsm8k"], "test", file)
-  settings = base.DataSettings(data_dir=str(tmp_path))
+  settings = schema.Data(dir=str(tmp_path))
   with pytest.raises(
     data.DataError, match=r"cannot be downloaded.*data\.source"
   ):
@@ -136,7 +137,7 @@ def test_unreadable_answers_of_the_training_file_are_left_out_and_said(
   text = "".join(json.dumps(row) + "\n" for row in rows)
   for part in ("train", "test"):
     (server[0] / f"math500-{part}").write_text(text)
-  settings = base.DataSettings(data_dir=str(tmp_path / "data"))
+  settings = schema.Data(dir=str(tmp_path / "data"))
   counts = []
   with pytest.warns(UserWarning, match=r"1 of \d+ rows are left out.*'\{'"):
     for split in ("train", "validation"):

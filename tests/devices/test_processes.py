@@ -146,7 +146,7 @@ def test_each_process_verifies_its_own_share_and_the_first_alone_writes(
     examples,
     prompt=program.prompt,
     encode=program.model.tokenizer.encode,
-    prompt_length=settings.prompt_length,
+    prompt_length=settings.data.prompt_length,
     pad_id=program.model.config.pad_id,
     batch_size=8,
     seed=0,

@@ -5,9 +5,10 @@ import shutil
 import pytest
 
 from configs import sudoku
+from rspo_jax.config import schema
 from rspo_jax.datasets import published
-from rspo_jax.run import checks, data
-from rspo_jax.tasks import TASKS, base
+from rspo_jax.run import data, rules
+from rspo_jax.tasks import TASKS
 
 
 @pytest.mark.parametrize("name", sorted(published.FILES))
@@ -18,7 +19,7 @@ def test_a_published_file_is_found_by_name(name, shared, tmp_path):
   clone.mkdir(parents=True)
   shutil.copy(path, clone / file.names[0])
   for place in (path, shared / "data", tmp_path / "clone", clone):
-    source = base.DataSettings(source=f"{name}:{place}")
+    source = schema.Data(source=f"{name}:{place}")
     examples = data.load_examples(TASKS[file.task], "test", source)
     assert len(examples) == file.rows
   # Neither trained nor tuned on.
@@ -40,7 +41,7 @@ def test_other_sources_are_paths():
 def test_settings_take_a_published_file_and_name_one_that_is_missing(shared):
   config = sudoku.get_config()
   config.data.source = f"spg_sudoku:{shared / 'data'}"
-  checks.check_values(config)
+  rules.check_early(config)
   config.data.source = "spg_sudoku:nowhere"
   with pytest.raises(ValueError, match=r"test_sudoku_split_new\.csv of SPG"):
-    checks.check_values(config)
+    rules.check_early(config)

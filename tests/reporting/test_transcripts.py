@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from rspo_jax.algorithm import objectives
+from rspo_jax.config import schema
 from rspo_jax.reporting import transcripts
 from rspo_jax.run import provenance
 
@@ -36,8 +37,8 @@ def test_pieces_stop_at_the_first_eos_and_keep_their_forward():
   assert Letters.calls == before  # each token is read once
 
 
-@pytest.mark.parametrize("unit", objectives.LAMBDA_UNITS)
-@pytest.mark.parametrize("centring", objectives.CENTRINGS)
+@pytest.mark.parametrize("unit", schema.LAMBDA_UNITS)
+@pytest.mark.parametrize("centring", schema.CENTRINGS)
 def test_estimates_and_gaps_are_those_of_a_loop_over_completions(
   unit, centring
 ):

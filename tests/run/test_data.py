@@ -6,8 +6,9 @@ import time
 import numpy as np
 import pytest
 
+from rspo_jax.config import schema
 from rspo_jax.run import data
-from rspo_jax.tasks import TASKS, base
+from rspo_jax.tasks import TASKS
 
 PAD, EOS = 98, 99
 
@@ -261,8 +262,8 @@ class TestLoadExamples:
   def test_mistakes_become_data_errors(self, tmp_path):
     task = TASKS["countdown"]
     with pytest.raises(data.DataError, match="split='dev'"):
-      data.load_examples(task, "dev", base.DataSettings())
-    settings = base.DataSettings(source=str(tmp_path / "missing.jsonl"))
+      data.load_examples(task, "dev", schema.Data())
+    settings = schema.Data(source=str(tmp_path / "missing.jsonl"))
     with pytest.raises(data.DataError, match=r"missing\.jsonl does not exist"):
       data.load_examples(task, "test", settings)
 
@@ -274,7 +275,7 @@ class TestLoadExamples:
     monkeypatch.setattr(builders, "TRAIN_EXAMPLES", {"small": 40})
     monkeypatch.setattr(builders, "HELD_OUT_EXAMPLES", 20)
     task = TASKS[name]
-    settings = base.DataSettings(data_dir=str(tmp_path))
+    settings = schema.Data(dir=str(tmp_path))
     examples = data.load_examples(task, "train", settings)
     assert len(examples) == 40
     assert examples[3:5] == [examples[3], examples[4]]

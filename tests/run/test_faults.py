@@ -88,7 +88,7 @@ def test_a_step_that_is_not_finite_is_not_applied_and_can_be_computed_again(
   with program.mesh, nn.logical_axis_rules(sharding.RULES):
     scores = program.estimate_fn(program.params, again, masks)
   np.testing.assert_array_equal(scores, arrays["scores.0.reference"])
-  prompts = np.array(batch.tokens)[:, : program.settings.prompt_length]
+  prompts = np.array(batch.tokens)[:, : program.settings.data.prompt_length]
   texts = program.to_text(prompts, batch.token_mask[:, : prompts.shape[1]])
   for text, prompt in zip(record["texts"], texts, strict=True):
     assert text.startswith(prompt)

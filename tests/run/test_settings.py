@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from configs import base, countdown, sft_countdown, sudoku
-from rspo_jax.config import identity
-from rspo_jax.run import checks, settings
+from rspo_jax.config import identity, schema
+from rspo_jax.run import rules, settings
 from rspo_jax.storage import mirror
 
 
@@ -29,7 +29,7 @@ def test_settings_hold_what_the_config_says(config):
   config.objective.lambda_unit = "sequence"
   config.run.steps = 17
   built = settings.build(config, 1)
-  assert built.rollout == settings.RolloutSettings(6, 4, 1.5, 0, 0)
+  assert built.rollout == schema.Rollout(6, 4, 1.5)
   assert built.sampler.temperature == 1.5
   assert built.greedy.temperature == 0.0
   assert built.sampled.temperature == 0.5
@@ -38,7 +38,7 @@ def test_settings_hold_what_the_config_says(config):
   assert built.objective.draw_size == 2  # pairs, of the complementary scheme
   assert built.optimizer.total_steps == built.run.steps == 17
   assert built.step.micro_batch == 12 and built.step.shards == 1
-  assert built.model["folder"] == config.model.path
+  assert built.model_folder == config.model.path
   assert not built.supervised
   with pytest.raises(dataclasses.FrozenInstanceError):
     built.run.steps = 3
@@ -114,16 +114,16 @@ def test_rollouts_that_cannot_be_are_refused_without_jax(
   for key, value in keys.items():
     config.sampler[key] = value
   with pytest.raises(ValueError, match=message):
-    checks.check_values(config)
+    rules.check_early(config)
 
 
 def test_what_was_not_sampled_is_not_scored(config):
   config.sampler.stop_at_eos = True
   config.likelihood.scope = "canvas"
   with pytest.raises(ValueError, match=r"stop_at_eos=True.*scope='completion'"):
-    checks.check_values(config)
+    rules.check_early(config)
   config.likelihood.scope = "completion"
-  checks.check_values(config)
+  rules.check_early(config)
 
 
 def test_a_batch_must_be_divisible_by_the_devices_that_share_it(config):
@@ -171,7 +171,7 @@ def test_a_home_folder_may_be_written_short(tmp_path, monkeypatch):
   monkeypatch.setenv("HOME", str(tmp_path))
   (tmp_path / "model").mkdir()
   (tmp_path / "model" / "config.json").write_text("{}")
-  found = checks.resolve_model_path("~/model")
+  found = rules.resolve_model_path("~/model")
   assert found == str(tmp_path / "model")
   assert mirror.Home("~/run").local == tmp_path / "run"
 
@@ -209,10 +209,10 @@ def test_supervised_settings_know_that_they_are(config):
 
 
 def test_embedded_checkpoints_resolve_to_the_package(tmp_path):
-  for name in checks.embedded_names():
-    folder = checks.resolve_model_path(f"embedded:{name}")
+  for name in rules.embedded_names():
+    folder = rules.resolve_model_path(f"embedded:{name}")
     assert folder.endswith(f"rspo_jax/checkpoints/{name}")
-  assert checks.resolve_model_path("gs://bucket/x") == "gs://bucket/x"
+  assert rules.resolve_model_path("gs://bucket/x") == "gs://bucket/x"
 
 
 # One run and another.
@@ -255,7 +255,7 @@ def test_keys_that_change_a_run_are_named():
   assert "DIR" in str(error.value)
 
 
-@pytest.mark.parametrize("key", identity.FREE_KEYS)
+@pytest.mark.parametrize("key", schema.FREE_KEYS)
 def test_keys_that_do_not_change_a_run_exist_and_may_change(key):
   config = as_dict()
   group, _, name = key.partition(".")

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from rspo_jax import main
+from rspo_jax.config import schema
 from rspo_jax.tasks import base, find, gym, own, workers
 
 HERE = importlib.util.find_spec("reasoning_gym") is not None
@@ -25,7 +26,7 @@ def few(monkeypatch, tmp_path):
   """Little data, kept in a folder of its own."""
   monkeypatch.setattr(gym, "ENTRIES", {"small": 64})
   gym._examples.cache_clear()
-  yield base.DataSettings(data_dir=str(tmp_path))
+  yield schema.Data(dir=str(tmp_path))
   gym._examples.cache_clear()
 
 
@@ -117,7 +118,7 @@ class TestData:
     assert not set(prompts["train"]) & set(prompts["test"])
     assert not set(prompts["validation"]) & set(prompts["test"])
     # From the file that keeps them, and made again once that is damaged.
-    (kept,) = (pathlib.Path(few.data_dir) / "reasoning_gym").rglob("*.jsonl")
+    (kept,) = (pathlib.Path(few.dir) / "reasoning_gym").rglob("*.jsonl")
     for damage in (lambda text: text, lambda text: text[:-20]):
       kept.write_text(damage(kept.read_text()))
       gym._examples.cache_clear()
@@ -173,7 +174,7 @@ class TestData:
       ({"size": "huge"}, "'huge'"),
     ):
       with pytest.raises(ValueError, match=said):
-        find(SUMS).load("train", base.DataSettings(**changes))
+        find(SUMS).load("train", schema.Data(**changes))
 
 
 def test_without_the_package_the_remedy_is_named(monkeypatch, few):
@@ -257,7 +258,7 @@ def test_a_generator_is_imitated_and_trained_on(few, tmp_path, quick_runs):
   root = pathlib.Path(__file__).resolve().parents[2]
   values = {
     "task.name": "reasoning_gym:spiral_matrix,min_n=2,max_n=2",
-    "data.dir": few.data_dir,
+    "data.dir": few.dir,
     "data.prompt_length": 8,
     "data.corrupt_share": 0.5,
     "model.new.vocabulary": r"0 1 2 3 4 5 6 7 8 9 \s",

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from rspo_jax import tasks
-from rspo_jax.config import identity, load
+from rspo_jax.config import identity, load, schema
 from rspo_jax.run import data, rollout
 from rspo_jax.tasks import base, own, workers
 from rspo_jax.tasks.workers import Outcome
@@ -44,7 +44,7 @@ def test_the_documented_example_runs(here):
   from rspo_jax.run import settings
 
   built = settings.build(config, 1)
-  task = tasks.find(built.task["name"], built.task["reward"])
+  task = tasks.find(built.task.name, built.task.reward)
   for split in base.SPLITS:
     assert len(data.load_examples(task, split, built.data)) == 1000
   examples = data.load_examples(task, "test", built.data)[:2]
@@ -73,7 +73,7 @@ def test_functions_that_fail_cost_their_completion_its_reward(here):
   (here / "rows.jsonl").write_text(json.dumps(row) + "\n")
   limits = workers.Limits(time_s=0.5)
   task = tasks.find("hard:score", own.RewardSettings(limits=limits))
-  source = base.DataSettings(source="rows.jsonl")
+  source = schema.Data(source="rows.jsonl")
   examples = data.load_examples(task, "test", source)
   assert examples == [row]
   texts = ["hang", "ab", "crash", "raise", ""]
@@ -165,7 +165,7 @@ def test_mistakes_are_told_before_anything_is_trained(
   (here / "empty.jsonl").write_text("")
   (here / "bad.jsonl").write_text('{"prompt": "p"}\n{"text": "p"}\n')
   (here / "worse.jsonl").write_text('{"prompt": 7}\n')
-  settings = base.DataSettings(**{"source": "rows.jsonl"} | options)
+  settings = schema.Data(**{"source": "rows.jsonl"} | options)
   with pytest.raises(data.DataError, match=message):
     data.load_examples(tasks.find(name), "test", settings)
 
@@ -252,7 +252,7 @@ def test_configs_of_real_models_say_what_they_need(name, tmp_path, shared):
   for argument in ("", ":smoke", ":paper_literal,d1", ":rft", ":calibrated"):
     arguments = [f"{file}{argument}", f"--config.model.path={tmp_path}"]
     built = settings.build(load.parse(["", *arguments])[0], 1)
-    assert built.task["name"] == name
+    assert built.task.name == name
   assert built.sampler.completion_length == 256
   source = shared / "data/gsm8k_{split}.jsonl"
   arguments += [f"--config.data.source={source}", "--config.eval.split=test"]

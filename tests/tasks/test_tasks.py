@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from rspo_jax.config import schema
 from rspo_jax.tasks import TASKS, answers, base, d1, workers
 from rspo_jax.tasks import math500 as math500_module
 
@@ -255,7 +256,7 @@ class TestCountdown:
   )
   def test_published_rows_are_read(self, tmp_path, row, example):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    settings = schema.Data(source=str(tmp_path / "a.jsonl"))
     (loaded,) = TASKS["countdown"].load("test", settings)
     assert loaded == {"ground_truth": example}
     with pytest.raises(ValueError, match="without a solution"):
@@ -282,7 +283,7 @@ class TestCountdown:
   def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
     good = '{"input": "1,2", "output": "3"}\n'
     (tmp_path / "a.jsonl").write_text(good + json.dumps(row) + "\n")
-    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    settings = schema.Data(source=str(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match=message):
       TASKS["countdown"].load("test", settings)
 
@@ -365,7 +366,7 @@ class TestSudoku:
   def test_published_rows_are_read(self, tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("Puzzle,Solution\n0310200404001043,4312213434211243\n")
-    settings = base.DataSettings(source=str(path))
+    settings = schema.Data(source=str(path))
     assert TASKS["sudoku"].load("test", settings) == [SUDOKU]
 
   @pytest.mark.parametrize(
@@ -380,7 +381,7 @@ class TestSudoku:
   )
   def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
     (tmp_path / "a.csv").write_text(f"Puzzle,Solution\n{row}\n")
-    settings = base.DataSettings(source=str(tmp_path / "a.csv"))
+    settings = schema.Data(source=str(tmp_path / "a.csv"))
     with pytest.raises(ValueError, match=message):
       TASKS["sudoku"].load("test", settings)
 
@@ -456,9 +457,7 @@ class TestGsm8k:
     assert gsm8k("<answer>7</answer>", weights={"format": 0.25}).reward == 0.25
 
   def test_canonical_rows_are_read(self, shared):
-    settings = base.DataSettings(
-      source=str(shared / "data/gsm8k_{split}.jsonl")
-    )
+    settings = schema.Data(source=str(shared / "data/gsm8k_{split}.jsonl"))
     assert len(TASKS["gsm8k"].load("test", settings)) == 1319
     assert len(TASKS["gsm8k"].load("train", settings)) == 7473
 
@@ -472,7 +471,7 @@ class TestGsm8k:
   )
   def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    settings = schema.Data(source=str(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match=message):
       TASKS["gsm8k"].load("test", settings)
 
@@ -577,7 +576,7 @@ class TestMath500:
 
   def test_published_rows_are_read(self, shared):
     source = str(shared / "data/math500_rebuilt.jsonl")
-    settings = base.DataSettings(source=source)
+    settings = schema.Data(source=source)
     examples = TASKS["math500"].load("test", settings)
     assert len(examples) == 500
     rest = [
@@ -589,7 +588,7 @@ class TestMath500:
   def test_the_answer_may_stand_in_the_solution(self, tmp_path):
     row = {"problem": "a", "solution": r"so \boxed{x^2}", "level": 3}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    settings = schema.Data(source=str(tmp_path / "a.jsonl"))
     (example,) = TASKS["math500"].load("test", settings)
     assert example == {"question": "a", "ground_truth": "x^2", "level": 3}
 
@@ -605,7 +604,7 @@ class TestMath500:
   )
   def test_malformed_rows_name_file_and_line(self, tmp_path, row, message):
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    settings = schema.Data(source=str(tmp_path / "a.jsonl"))
     with pytest.raises(ValueError, match=message):
       TASKS["math500"].load("test", settings)
 
@@ -834,7 +833,7 @@ class TestRecordings:
       ("sudoku", "sudoku4x4_test_d1.csv", 500),
       ("sudoku", "sudoku4x4_test_spg_new.csv", 256),
     ):
-      settings = base.DataSettings(source=str(shared / "data" / name))
+      settings = schema.Data(source=str(shared / "data" / name))
       assert len(TASKS[task].load("test", settings)) == count
 
   @pytest.mark.parametrize(("task", "protocol"), LINEAR)
@@ -988,7 +987,7 @@ class TestMistakesOfCallers:
 
   def test_an_unknown_split_is_named(self, task):
     with pytest.raises(ValueError, match=r"split='dev'.*validation"):
-      TASKS[task].load("dev", base.DataSettings())
+      TASKS[task].load("dev", schema.Data())
 
 
 def test_verifying_imports_neither_jax_nor_dataset_libraries():

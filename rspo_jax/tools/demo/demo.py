@@ -29,7 +29,7 @@ from typing import Any
 
 from rspo_jax.config import cli as options_lib
 from rspo_jax.config import identity
-from rspo_jax.run import checks
+from rspo_jax.run import rules
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 130
 PROMPT_CHARACTERS = 4000  # longest prompt that is read
@@ -104,7 +104,7 @@ class Session:
     import rspo_jax
     from rspo_jax.reporting import transcripts
 
-    folder = checks.resolve_model_path(path)
+    folder = rules.resolve_model_path(path)
     self.name = path
     self.task = task or task_of(path, folder)
     if not dtype:
@@ -341,8 +341,8 @@ class Session:
 
 def task_of(path: str, folder: str) -> str:
   """The task that a model was made for, "none" where nothing says so."""
-  if path.startswith(checks.EMBEDDED):
-    return path.removeprefix(checks.EMBEDDED)
+  if path.startswith(rules.EMBEDDED):
+    return path.removeprefix(rules.EMBEDDED)
   # DIR/model of a run: DIR/config.json names it.
   config = pathlib.Path(folder).absolute().parent / identity.CONFIG
   try:
@@ -529,7 +529,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return DONE
   try:
     options = parse(argv)
-    checks.resolve_model_path(options.model)
+    rules.resolve_model_path(options.model)
     print(f"demo: loading {options.model}", flush=True)
     session = Session(options.model, options.task, options.dtype)
     wishes = {

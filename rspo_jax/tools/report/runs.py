@@ -18,13 +18,13 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rspo_jax.config import identity
+from rspo_jax.config import identity, schema
 from rspo_jax.reporting import metrics
 
 _CHILD_DEPTH = 3
 _SKIPPED_FOLDERS = ("checkpoints", "model", "samples", "tensorboard", "eval")
 # Keys by which runs of one group may differ.
-FREE_KEYS = {"run.seed", *identity.FREE_KEYS}
+FREE_KEYS = {"run.seed", *schema.FREE_KEYS}
 
 
 @dataclasses.dataclass(eq=False)
