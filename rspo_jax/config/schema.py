@@ -497,14 +497,14 @@ class Train:
     "sequences of one forward-backward, over all devices",
     at_least=1,
   )
+  passes: str = key(
+    "auto", "auto | one | two", table="algorithm.train_step:PASSES"
+  )
   micro_masks: int = key(
     0,
     "masks of each of them in it, whole draws (pairs with complementary), "
     "then in two passes; 0: all",
     at_least=0,
-  )
-  passes: str = key(
-    "auto", "auto | one | two", table="algorithm.train_step:PASSES"
   )
   updates_per_rollout: int = key(
     1, "mu: updates on one rollout, masks redrawn", at_least=1

@@ -131,7 +131,7 @@ def estimate_of(micro_batch=N):
 @functools.cache
 def update_of(objective, micro_batch=N, passes="auto", shards=1):
   """Jitted update; plain descent of rate 1, so that params move by -grad."""
-  settings = train_step.StepSettings(micro_batch, passes, shards)
+  settings = train_step.StepSettings(micro_batch, passes, shards=shards)
   optimizer = optax.sgd(1.0)
   update = train_step.make_update(
     tiny_logprob,
@@ -484,7 +484,7 @@ def test_a_batch_that_cannot_be_cut_is_refused():
 def test_one_pass_where_the_centring_set_fits():
   def resolve(centring, micro_batch, shards=1, passes="auto"):
     return train_step.resolve_passes(
-      train_step.StepSettings(micro_batch, passes, shards),
+      train_step.StepSettings(micro_batch, passes, shards=shards),
       objective_of(centring=centring),
       16,
     )
