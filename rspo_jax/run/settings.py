@@ -12,7 +12,7 @@ import math
 import os
 from typing import Any
 
-from rspo_jax.algorithm import likelihood, objectives, train_step
+from rspo_jax.algorithm import likelihood, objectives, scoring, train_step
 from rspo_jax.config import schema
 from rspo_jax.devices import sharding
 from rspo_jax.models import lora
@@ -54,6 +54,7 @@ class Settings:
     greedy, sampled: of eval/accuracy and eval/accuracy_sampled.
     evaluations: of --mode=eval, one or more.
     step: how an update is cut into pieces.
+    scores: which scores a step needs.
   """
 
   model: schema.Model
@@ -72,6 +73,7 @@ class Settings:
   objective: objectives.ObjectiveSettings
   optimizer: train_step.OptimizerSettings
   step: train_step.StepSettings
+  scores: scoring.ScorePlan
   mesh: schema.Mesh
   eval: schema.Eval
   evaluations: tuple[Evaluation, ...]
@@ -113,6 +115,7 @@ def _cut(c: schema.Config, shards: int) -> Settings:
     group_size=c.rollout.group_size,
     draw_size=masks.draw_size,
   )
+  step = _step_settings(c, objective, masks, shards)
   return Settings(
     model=c.model,
     model_folder=rules.resolve_model_path(c.model.path),
@@ -133,7 +136,15 @@ def _cut(c: schema.Config, shards: int) -> Settings:
       c.optimizer,
       total_steps=c.run.steps * c.train.updates_per_rollout,
     ),
-    step=_step_settings(c, objective, masks, shards),
+    step=step,
+    scores=scoring.plan(
+      objective,
+      step,
+      masks.masks,
+      c.rollout.prompts * c.rollout.group_size,
+      shared_base=bool(c.lora.rank or c.lora.path) and c.lora.dual,
+      stale=bool(c.rollout.stale_steps),
+    ),
     mesh=c.mesh,
     eval=c.eval,
     evaluations=_evaluations(c, length),
@@ -209,7 +220,6 @@ def _step_settings(c: schema.Config, objective, masks, shards: int):
     shards=shards,
     micro_masks=_micro_masks(c.train.micro_masks, masks),
   )
-  train_step.resolve_passes(step, objective, total)
   return step
 
 
