@@ -9,9 +9,9 @@ PACKAGE = pathlib.Path(__file__).resolve().parent.parent / "rspo_jax"
 
 # A room may import what stands below it in this list, and itself.
 ROOMS = (
-  "api",
   "tools",
   "planning",
+  "api",
   "main",
   "run",
   "tasks",

@@ -92,7 +92,9 @@ class Settings:
   """A whole run, ready to build."""
 
   model: dict[str, Any]
-  lora: dict[str, Any]  # settings (lora.LoraSettings | None), path, dual
+  lora: dict[
+    str, Any
+  ]  # settings (lora.LoraSettings | None), path, dual, merge_dtype
   task: dict[str, Any]
   data: Any  # tasks.base.DataSettings
   prompt_length: int
@@ -391,7 +393,7 @@ def _model(keys) -> dict[str, Any]:
 
 
 def _adapter(keys) -> dict[str, Any]:
-  """The adapter that is trained, if any: settings, path, dual."""
+  """The adapter that is trained, if any: settings, path, dual, merge_dtype."""
   from rspo_jax.models import lora
 
   path, here = keys.path, keys.path and "://" not in keys.path
@@ -411,7 +413,12 @@ def _adapter(keys) -> dict[str, Any]:
       targets=tuple(filter(None, keys.targets.split(","))),
       rslora=keys.rslora,
     )
-  return {"settings": settings, "path": path, "dual": keys.dual}
+  return {
+    "settings": settings,
+    "path": path,
+    "dual": keys.dual,
+    "merge_dtype": keys.merge_dtype,
+  }
 
 
 def _listed(key: str, text: str, kind, what: str) -> list:
@@ -586,9 +593,9 @@ def _check_objective(config, objective, sampler, shards: int) -> None:
       )
   if entry.needs_difference and not config.objective.skip_equal_groups:
     raise ValueError(
-      "objective.skip_equal_groups=False leaves groups without any right-wrong "
-      f"pair, from which objective.name={objective.name!r} learns nothing while "
-      "momentum goes on; use True."
+      "objective.skip_equal_groups=False leaves groups without any pair of "
+      f"unequal rewards, from which objective.name={objective.name!r} learns "
+      "nothing while momentum goes on; use True."
     )
   if entry.finishes and (
     sampler.adaptive
