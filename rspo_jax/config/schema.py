@@ -149,6 +149,13 @@ class Lora:
     "policy and reference in one pass over the frozen base; False: the "
     "reference alone, while the host verifies",
   )
+  merge_dtype: str = key(
+    "stored",
+    "stored (model.param_dtype) | float32: of model/, the base with the adapter "
+    "added",
+    choices=("stored", "float32"),
+    free=True,
+  )
 
 
 @dataclasses.dataclass(frozen=True)
