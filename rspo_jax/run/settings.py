@@ -638,7 +638,8 @@ def _check_objective(config, objective, sampler, shards: int) -> None:
 
 def _reward_settings(reward):
   """How users' functions are called (tasks.own.RewardSettings)."""
-  from rspo_jax.tasks import own, workers
+  from rspo_jax.devices import workers
+  from rspo_jax.tasks import own
 
   try:
     limits = workers.Limits(

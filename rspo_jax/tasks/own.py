@@ -26,7 +26,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rspo_jax.datasets import files
-from rspo_jax.tasks import base, prompts, workers
+from rspo_jax.devices import workers
+from rspo_jax.tasks import base, prompts
 
 STYLES = ("compact", "chat", *prompts.STYLES)
 WEIGHTS = {"reward": 1.0}

@@ -9,7 +9,8 @@ import re
 import pytest
 
 from rspo_jax import main
-from rspo_jax.tasks import base, find, gym, own, workers
+from rspo_jax.devices import workers
+from rspo_jax.tasks import base, find, gym, own
 
 HERE = importlib.util.find_spec("reasoning_gym") is not None
 needs_gym = pytest.mark.skipif(
