@@ -74,7 +74,8 @@ def main() -> None:
   import jax.numpy as jnp
   import numpy as np
 
-  from rspo_jax.algorithm import train_step
+  from rspo_jax.algorithm import streams
+  from rspo_jax.algorithm.types import RolloutBatch
   from rspo_jax.devices import sharding
   from rspo_jax.planning.flops import forward_flops
   from rspo_jax.run import program as program_lib
@@ -100,7 +101,7 @@ def main() -> None:
   tokens, mask = sharding.put_global(
     program.mesh, (prompts, np.ones(prompts.shape, bool))
   )
-  key = train_step.stream_key(0, 0, train_step.ROLLOUT)
+  key = streams.stream_key(0, 0, streams.ROLLOUT)
   side = 4096 if options.model else 2048
   matrix = jnp.ones((side, side), jnp.float32)
   multiply = jax.jit(lambda a: a @ a)
@@ -112,13 +113,14 @@ def main() -> None:
 
   if options.model:
     rng = np.random.default_rng(0)
-    batch = train_step.RolloutBatch(
+    batch = RolloutBatch(
       tokens=jnp.asarray(rng.integers(0, 8000, (n, span)), jnp.int32),
       token_mask=jnp.ones((n, span), bool),
       completion_mask=jnp.ones((n, length), bool),
       advantage=advantage,
       target=advantage,
       keep=jnp.ones(n),
+      row=jnp.arange(n),
     )
   else:
     batch = program.present_fn(roll()).replace(advantage=advantage)

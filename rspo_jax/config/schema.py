@@ -479,7 +479,7 @@ class Optimizer:
   schedule: str = key(
     "constant",
     "constant | linear | cosine",
-    table="algorithm.train_step:SCHEDULES",
+    table="algorithm.optimizer:SCHEDULES",
   )
   warmup_steps: int = key(0, "updates until the peak", at_least=0)
   final_share: float = key(
@@ -508,7 +508,7 @@ class Train:
     at_least=1,
   )
   passes: str = key(
-    "auto", "auto | one | two", table="algorithm.train_step:PASSES"
+    "auto", "auto | one | two", table="algorithm.microbatches:PASSES"
   )
   micro_masks: int = key(
     0,

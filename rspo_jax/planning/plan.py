@@ -313,7 +313,6 @@ def make_plan(
 
 def _frame(settings, described, rows, notes) -> dict[str, Any]:
   """What plans of TPUs and GPUs have in common."""
-  from rspo_jax.algorithm import train_step
   from rspo_jax.planning import planner
 
   total = settings.rollout.prompts * settings.rollout.group_size
@@ -333,9 +332,7 @@ def _frame(settings, described, rows, notes) -> dict[str, Any]:
     "completion": settings.sampler.completion_length,
     "micro_batches": total // settings.step.micro_batch,
     "micro_masks": settings.step.micro_masks or settings.likelihood.masks,
-    "passes": train_step.resolve_passes(
-      settings.step, settings.objective, total
-    ),
+    "passes": "two" if settings.scores.two_passes else "one",
     "programs": rows,
     "resident_by_name_gb": {
       name: size / planner.GB

@@ -32,15 +32,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax.experimental import topologies
 
 from rspo_jax.algorithm import likelihood as likelihood_lib
-from rspo_jax.algorithm import objectives, train_step
 from rspo_jax.devices import sharding
 from rspo_jax.models import checkpoints, families, fresh, lora
 from rspo_jax.models.families import published
 from rspo_jax.planning import chips, flops, hlo
+from rspo_jax.run import loading
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
 
@@ -109,13 +108,6 @@ def chip_bytes(tree) -> float:
   return total
 
 
-@contextlib.contextmanager
-def on(mesh):
-  """The context in which the loop calls jitted functions."""
-  with mesh, nn.logical_axis_rules(sharding.RULES):
-    yield
-
-
 def topology_devices(topology: chips.Topology):
   """Descriptions of the devices of a slice.
 
@@ -159,7 +151,7 @@ def abstract_program(
 ) -> program_lib.Program:
   """The run's Program for devices that are described only."""
   mesh = sharding.make_mesh(*settings.mesh.axes, devices=devices)
-  model = program_lib.abstract_model(settings, config, mesh)
+  model = loading.abstract_model(settings, config, mesh)
   return program_lib.assemble(settings, model, mesh)
 
 
@@ -230,43 +222,35 @@ def describe(program: program_lib.Program) -> Described:
   state = program.state_template
   policy = program.policy(state.params)
   sampled = program.for_sampling(policy)
-  with on(mesh):
-    completions = jax.eval_shape(program.rollout_fn, sampled, *prompts, key)
-    batch = place(jax.eval_shape(program.present_fn, completions), rows)
+  completions = program.rollout_fn.shapes(sampled, *prompts, key)
+  batch = place(program.abstract_batch(completions), rows)
   sequences, length = batch.tokens.shape
   micro = settings.step.micro_batch
-  two = (
-    train_step.resolve_passes(settings.step, settings.objective, sequences)
-    == "two"
-  )
-  objective = objectives.OBJECTIVES[settings.objective.name]
-  referenced = objective.uses_reference(settings.objective)
-  updates = settings.step.updates_per_rollout
+  plan = settings.scores
+  two, referenced, updates = plan.two_passes, plan.uses_reference, plan.updates
   stale = settings.rollout.stale_steps
-  ratio = objective.ratio and (updates > 1 or stale)
-  older = ratio and stale  # values under the parameters of the step before
+  older = plan.ratio == "sampler"  # scores under the parameters that sampled
   functions = {"update": program.update_fn, "rollout": program.rollout_fn}
   # Adapted: policy and reference in one pass over the base they share.
-  dual = program.pair_fn is not None
-  inside = dual and not two
+  dual, inside = plan.shared_base, plan.inside
   # Those of older parameters are the policy's alone.
   pair = dual and not (inside and older)
   if pair:
     functions["scores"] = program.pair_fn
   else:
     functions["scores"] = program.estimate_fn
-  scored = (policy if dual else program.params, batch, key)
-  with on(mesh):
-    scores = place(jax.eval_shape(functions["scores"], *scored), rows)
+  scored = (policy if dual else program.reference, batch, key)
+  scores = place(functions["scores"].shapes(*scored), rows)
   values = scores[0] if pair else scores
   arguments = {
     "update": (
       state,
       batch,
+      settings.objective.lambda_,
       key,
       values if referenced and not inside else None,
       values if two else None,
-      values if ratio else None,
+      values if plan.ratio else None,
       program.frozen,
     ),
     "scores": scored,
@@ -277,7 +261,7 @@ def describe(program: program_lib.Program) -> Described:
     resident = {
       "weights": chip_bytes(state.params),
       "moments": chip_bytes(state.opt_state),
-      "reference": chip_bytes(program.params),
+      "reference": chip_bytes(program.reference),
     }
     seen, scoring = ("weights",), ("reference",)
   else:
@@ -298,13 +282,11 @@ def describe(program: program_lib.Program) -> Described:
     resident["refreshed reference"] = spare
   if stale:
     resident["rollout ahead"] = chip_bytes(program.ahead_template())
-  # As the loop calls them (runs.Run.scores): where the update does not score
-  # the reference itself, its scores; of two passes, and of ratios, the
-  # policy's, which a pair gives along with them; those of older parameters
-  # come before.
-  calls = updates * (int(two or (ratio and not older)) + int(older))
-  if not dual:
-    calls += updates * int(referenced)
+  calls = updates * older
+  for update in range(updates):
+    needed = plan.before(update)
+    calls += 1 if needed.together else needed.reference + needed.policy
+    calls += plan.policy_again(update)
   runs = {
     "update": updates,
     "scores": calls,
@@ -410,8 +392,8 @@ def compile_one(described: Described, name: str, level: str) -> dict[str, Any]:
   function = described.functions[name]
   trips = described.trips[name]
   start = time.process_time()
-  with on(program.mesh):
-    traced = function.trace(*described.arguments[name])
+  traced = function.trace(*described.arguments[name])
+  with sharding.active(program.mesh):
     lowered = traced.lower(lowering_platforms=("tpu",))
   executed = flops.executed(traced.jaxpr, trips)
   result = {
@@ -741,8 +723,7 @@ def estimate(described: Described, capacity_bytes: float) -> dict[str, Any]:
     beside = described.resident.total - sum(
       sizes[tree] for tree in described.uses[name]
     )
-    with on(program.mesh):
-      traced = function.trace(*described.arguments[name])
+    traced = function.trace(*described.arguments[name])
     rows[name] = {
       "hbm_gb": needed / GB,
       "resident_gb": beside / GB,

@@ -38,7 +38,7 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-  """This process's share of a batch of prompts.
+  """This process's share of a batch of prompts, or a split's in its order.
 
   Attributes:
     tokens: i32 [b, P], padded on the left.
@@ -49,7 +49,7 @@ class PromptBatch:
 
   tokens: np.ndarray
   mask: np.ndarray
-  examples: list[base.Example]
+  examples: Sequence[base.Example]
   cut: np.ndarray
 
 
@@ -424,7 +424,7 @@ def encode_prompts(
   prompt_length: int,
   pad_id: int,
   long_prompts: str = "refuse",
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> PromptBatch:
   """Tokenises all prompts in the order given (evaluation).
 
   Args:
@@ -435,17 +435,14 @@ def encode_prompts(
     pad_id: fills the left of shorter prompts.
     long_prompts: as in `Prompts`.
 
-  Returns:
-    tokens i32 [n, P], mask bool [n, P], False on padding, and bool [n], True
-    where only the tail of a prompt was kept.
-
   Raises:
     DataError: a prompt longer than P that is to be refused.
   """
   prompts = Prompts(
     examples, prompt, encode, prompt_length, pad_id, long_prompts
   )
-  return *prompts.rows(np.arange(len(examples))), prompts.cut
+  tokens, mask = prompts.rows(np.arange(len(examples)))
+  return PromptBatch(tokens, mask, examples, prompts.cut)
 
 
 def demonstration_batches(

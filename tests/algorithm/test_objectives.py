@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rspo_jax.algorithm import advantages as host
 from rspo_jax.algorithm import likelihood, objectives
-from rspo_jax.algorithm.objectives import ObjectiveSettings, Terms
+from rspo_jax.algorithm.objectives import ObjectiveSettings
+from rspo_jax.algorithm.types import Terms
 from rspo_jax.config import schema
 from rspo_jax.run import rollout
 from rspo_jax.tasks import base
@@ -34,8 +36,9 @@ def terms_of(settings, n=N, masks=MASKS, seed=0, keep=None, **given):
     advantage=rng.normal(0, 1, n),
     length=rng.integers(1, 9, n),
     keep=np.ones(n) if keep is None else keep,
+    lambda_=settings.lambda_,
   ) | {k: v for k, v in given.items() if v is not None}
-  values["target"] = objectives.targets(
+  values["target"] = host.targets(
     np.asarray(values["advantage"]), settings.lambda_
   )
   return Terms(**{k: jnp.asarray(v, jnp.float32) for k, v in values.items()})
@@ -148,7 +151,7 @@ def test_the_gradient_is_lambda_times_that_of_least_squares(centring):
 @pytest.mark.parametrize("unit", schema.LAMBDA_UNITS)
 def test_lambda_zero_is_advantage_weighted_elbo_and_divides_by_nothing(unit):
   settings = settings_of(lambda_=0.0, lambda_unit=unit)
-  assert (objectives.targets(np.ones(3, np.float32), 0.0) == 0).all()
+  assert (host.targets(np.ones(3, np.float32), 0.0) == 0).all()
   terms = terms_of(settings)
   # What must not matter: the target, and the reference but for the value.
   odd = terms.replace(target=jnp.full(N, jnp.nan), reference=terms.policy + 7)
@@ -203,10 +206,10 @@ def test_units_agree_where_lengths_are_equal():
 
 def test_equal_rewards_leave_only_the_pull_towards_the_reference():
   rewards = np.array([[0.1] * 4, [0.0, 1.0, 0.0, 0.0], [1.0] * 4], np.float32)
-  advantage = objectives.group_advantages(rewards).reshape(-1)
+  advantage = host.group_advantages(rewards).reshape(-1)
   settings = settings_of()
   equal = np.repeat([True, False, True], GROUP)
-  assert (objectives.targets(advantage, 3.0)[equal] == 0).all()
+  assert (host.targets(advantage, 3.0)[equal] == 0).all()
   terms = terms_of(settings, advantage=advantage)
   start = terms.replace(reference=terms.policy)
   assert (np.asarray(weights_of(start, settings)[1])[equal] == 0).all()
@@ -294,6 +297,7 @@ def expected_gradient(centring, group, prompts):
       target=advantage / settings.lambda_,
       length=jnp.ones(n),
       keep=jnp.ones(n),
+      lambda_=settings.lambda_,
     )
     return objectives.rspo(terms, settings)[0].mean()
 
@@ -337,6 +341,7 @@ def test_a_fixed_advantage_has_the_tilt_by_it_as_fixed_point():
       target=advantage / settings.lambda_,
       length=jnp.ones(3),
       keep=jnp.ones(3),
+      lambda_=settings.lambda_,
     )
     probability = jax.lax.stop_gradient(jax.nn.softmax(theta))
     return (probability * objectives.rspo(terms, settings)[0]).sum()
@@ -390,6 +395,7 @@ def expected_by_enumeration(models, settings, theta, advantage, draws, pair):
         target=advantage / settings.lambda_,
         length=jnp.ones(n),
         keep=jnp.ones(n),
+        lambda_=settings.lambda_,
       )
       return objectives.rspo(terms, settings)[0].mean()
 
@@ -706,7 +712,7 @@ def test_rejection_sampling_of_nothing_right_moves_nothing(skip):
 def test_advantages_are_those_of_the_definition():
   rng = np.random.default_rng(0)
   rewards = rng.normal(size=(5, 6)).astype(np.float32)
-  ours = objectives.group_advantages(rewards)
+  ours = host.group_advantages(rewards)
   assert ours.dtype == np.float32
   for row, group in zip(ours, rewards.astype(np.float64), strict=True):
     mean = sum(group) / 6
@@ -714,11 +720,11 @@ def test_advantages_are_those_of_the_definition():
     np.testing.assert_allclose(
       row, [(r - mean) / (std + 1e-4) for r in group], rtol=1e-6
     )
-  plain = objectives.group_advantages(rewards, normalize=False)
+  plain = host.group_advantages(rewards, normalize=False)
   mean = rewards.astype(np.float64).mean(1, keepdims=True)
   np.testing.assert_allclose(plain, rewards - mean, rtol=1e-5, atol=1e-7)
   # By hand: 0, 0, 0, 1 has mean 1/4 and standard deviation 1/2 (ddof 1).
-  one = objectives.group_advantages(np.array([[0.0, 0.0, 0.0, 1.0]]))
+  one = host.group_advantages(np.array([[0.0, 0.0, 0.0, 1.0]]))
   np.testing.assert_allclose(one, [[-0.4999, -0.4999, -0.4999, 1.4997]], 1e-4)
 
 
@@ -727,36 +733,36 @@ def test_equal_rewards_have_advantage_zero_exactly():
   for kind in (np.float32, np.float64):
     for value, size in itertools.product(values, sizes):
       rewards = np.full((1, size), value, kind)
-      assert (objectives.group_advantages(rewards) == 0).all()
-      assert (objectives.group_advantages(rewards, False) == 0).all()
-      assert objectives.equal_groups(rewards).all()
+      assert (host.group_advantages(rewards) == 0).all()
+      assert (host.group_advantages(rewards, False) == 0).all()
+      assert host.equal_groups(rewards).all()
     # The trap: the mean of seven 0.1's is another number.
     sevens = np.full(7, 0.1, kind)
     assert (sevens - sevens.mean() != 0).any()
   # Nearly equal is not equal.
   rewards = np.full((1, 4), 0.5, np.float32)
   rewards[0, 0] = np.nextafter(np.float32(0.5), np.float32(1))
-  assert not objectives.equal_groups(rewards).any()
-  assert (objectives.group_advantages(rewards) != 0).all()
+  assert not host.equal_groups(rewards).any()
+  assert (host.group_advantages(rewards) != 0).all()
 
 
 def test_groups_of_one_and_numbers_that_are_none_are_refused():
   for shape in ((4, 1), (4,), (0,)):
     with pytest.raises(ValueError, match=r"rollout\.group_size must be"):
-      objectives.group_advantages(np.zeros(shape))
+      host.group_advantages(np.zeros(shape))
   for bad in (np.nan, np.inf, -np.inf):
     rewards = np.zeros((3, 4))
     rewards[1, 2] = bad
     with pytest.raises(ValueError, match=f"completion 2 of prompt 1 is {bad}"):
-      objectives.group_advantages(rewards)
+      host.group_advantages(rewards)
 
 
 def test_targets_are_advantages_over_lambda():
   advantages = np.array([[-1.5, 0.0, 2.0]], np.float32)
-  ours = objectives.targets(advantages, 0.01)
+  ours = host.targets(advantages, 0.01)
   assert ours.dtype == np.float32 and ours.shape == (1, 3)
   np.testing.assert_allclose(ours, [[-150, 0, 200]], rtol=1e-6)
-  assert (objectives.targets(advantages, 0.0) == 0).all()
+  assert (host.targets(advantages, 0.0) == 0).all()
 
 
 @pytest.mark.parametrize(

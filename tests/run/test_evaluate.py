@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from rspo_jax.algorithm import train_step
+from rspo_jax.algorithm import streams
 from rspo_jax.devices import sharding
 from rspo_jax.run import evaluate, rollout
 from rspo_jax.tasks import base
@@ -149,9 +149,9 @@ def test_every_batch_has_a_key_of_its_own_and_each_time_the_same():
   import jax
 
   training = [
-    jax.random.key_data(train_step.stream_key(4, step, stream)).tolist()
+    jax.random.key_data(streams.stream_key(4, step, stream)).tolist()
     for step in range(3)
-    for stream in (train_step.ROLLOUT, train_step.MASKS)
+    for stream in (streams.ROLLOUT, streams.MASKS)
   ]
   assert not {str(key) for key in keys} & {str(key) for key in training}
 

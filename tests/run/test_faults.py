@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from benchmarks import kill
 from rspo_jax import main
-from rspo_jax.algorithm import train_step
+from rspo_jax.algorithm.types import RolloutBatch
 from rspo_jax.devices import sharding
 from rspo_jax.run import collapse, incident, rollout
 from rspo_jax.run import program as program_lib
@@ -77,10 +77,10 @@ def test_a_step_that_is_not_finite_is_not_applied_and_can_be_computed_again(
   record, arrays = incident.load(folder)
   assert record["not_finite"]["loss"] == "nan" and record["in_a_row"] == 1
   assert np.isnan(arrays["batch.advantage"]).all()
-  batch = train_step.RolloutBatch(
+  batch = RolloutBatch(
     **{
       field.name: arrays.get(f"batch.{field.name}")
-      for field in dataclasses.fields(train_step.RolloutBatch)
+      for field in dataclasses.fields(RolloutBatch)
     }
   )
   masks = jax.random.wrap_key_data(np.array(record["keys"]["masks"], np.uint32))

@@ -10,7 +10,7 @@ import pytest
 import tiny_runs
 
 from rspo_jax import main
-from rspo_jax.algorithm import train_step
+from rspo_jax.algorithm import streams
 from rspo_jax.run import loop
 from rspo_jax.run import program as program_lib
 from rspo_jax.run.runs import Run
@@ -69,7 +69,7 @@ def sampled_by(program, params, step):
   settings = program.settings
   run = types.SimpleNamespace(settings=settings, program=program)
   batch = loop.open_batches(run)[step]
-  key = train_step.stream_key(settings.run.seed, step, train_step.ROLLOUT)
+  key = streams.stream_key(settings.run.seed, step, streams.ROLLOUT)
   with program.mesh:
     out = program.rollout_fn(
       program.policy(params), batch.tokens, batch.mask, key
@@ -115,7 +115,7 @@ def test_ratios_are_to_the_parameters_that_sampled(name, runs, tiny):
     assert len(state.ahead["old"]) == program.settings.step.updates_per_rollout
     with program.mesh:
       batch = program.present_fn(state.ahead["completions"])
-      key = train_step.stream_key(seed, step, train_step.MASKS)
+      key = streams.stream_key(seed, step, streams.MASKS)
       for update, old in enumerate(state.ahead["old"]):
         own = jax.random.fold_in(key, update) if update else key
         expected = program.estimate_fn(before.params, batch, own)
