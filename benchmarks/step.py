@@ -79,6 +79,7 @@ def main() -> None:
   from rspo_jax.devices import sharding
   from rspo_jax.planning.flops import forward_flops
   from rspo_jax.run import program as program_lib
+  from rspo_jax.run import rollout
   from rspo_jax.run import settings as settings_lib
 
   path, _, arg = options.config.partition(":")
@@ -109,7 +110,7 @@ def main() -> None:
   advantage = jnp.sin(jnp.arange(n, dtype=jnp.float32))
 
   def roll():
-    return program.rollout_fn(program.params, tokens, mask, key)
+    return program.rollout_fn(program.reference, tokens, mask, key)
 
   if options.model:
     rng = np.random.default_rng(0)
@@ -123,8 +124,11 @@ def main() -> None:
       row=jnp.arange(n),
     )
   else:
-    batch = program.present_fn(roll()).replace(advantage=advantage)
-  scores = program.estimate_fn(program.params, batch, key)
+    found = rollout.before_rewards(
+      settings.rollout.prompts, settings.rollout.group_size
+    )
+    batch = program.batch_fn(roll(), found).replace(advantage=advantage)
+  scores = program.estimate_fn(program.reference, batch, key)
   state = program_lib.fresh_state(program)
 
   def measure(fn):
@@ -134,7 +138,9 @@ def main() -> None:
     return taken, result
 
   def update(state):
-    return program.update_fn(state, batch, key, scores, scores)
+    return program.update_fn(
+      state, batch, settings.objective.lambda_, key, scores, scores
+    )
 
   names = ("update",) if options.model else ("rollout", "update")
   seconds = {"matmul": [], **{name: [] for name in names}}
@@ -142,7 +148,7 @@ def main() -> None:
     seconds["matmul"].append(measure(lambda: multiply(matrix))[0])
     if "rollout" in names:
       seconds["rollout"].append(measure(roll)[0])
-    taken, (state, _) = measure(lambda state=state: update(state))
+    taken, (state, *_) = measure(lambda state=state: update(state))
     seconds["update"].append(taken)
   # [name][repeat] -> (wall, CPU); the first one compiles.
   seconds = {name: np.array(taken)[1:] for name, taken in seconds.items()}

@@ -36,7 +36,7 @@ from rspo_jax.algorithm import likelihood, objectives, rounding, streams
 from rspo_jax.algorithm.microbatches import MicroBatches, StepSettings
 from rspo_jax.algorithm.optimizer import updates_applied
 from rspo_jax.algorithm.scoring import ScorePlan
-from rspo_jax.algorithm.types import RolloutBatch, Sizes, Terms, TrainState
+from rspo_jax.algorithm.types import RolloutBatch, Sizes, Terms
 
 
 def _scores_fn(logprob_fn, mask_id, per_token):
@@ -182,46 +182,33 @@ def make_update(
   pair_fn: Callable | None = None,
   sum_dtype: str = "float32",
 ) -> Callable:
-  """Builds update(state, batch, lambda_, key, reference, policy=None,
-  old=None, frozen=None).
+  """Builds `update`.
 
   Args:
-    logprob_fn: scores the policy (likelihood.score).
-    mask_id: the id that hides a token.
-    optimizer: of `make_optimizer`.
-    learning_rate: of `schedule`, for the metrics.
-    settings, mask_settings, objective: of the step.
-    plan: which scores come from outside.
+    logprob_fn, mask_id: score the policy (likelihood.score).
+    optimizer, learning_rate: of `make_optimizer` and `schedule`.
+    settings, mask_settings, objective, plan: of the step.
     join: (state.params, frozen, state.reference) -> what `logprob_fn` takes;
       None: state.params.
-    pair_fn: a `logprob_fn` that scores policy and reference in one pass, for
-      plans that score the reference inside.
-    sum_dtype: of gradients summed over micro-batches; those of float32
-      parameters are float32. "bfloat16" takes half the memory and rounds
-      stochastically: an error that grows as M^(1/2) and averages out.
+    pair_fn: `logprob_fn` of both streams, where the reference is scored inside.
+    sum_dtype: of sums of bfloat16 parameters' gradients. "bfloat16" takes half
+      the memory and rounds stochastically: its error grows as M^(1/2).
 
-  Args of the returned function: the state (donate it), the batch, lambda, the
-  MASKS key of the update, and scores of the batch from `estimate` with that
-  key: the reference's, in the two-pass form the policy's, and for ratios those
-  of the parameters that sampled it. They are f32 [N, K], or f32 [N, U, R] for
-  objectives per token. `frozen` is what `join` wants. Returns (state, metrics,
-  `objectives.calibration` f32 [N]); a loss, gradient or score that is not
-  finite, or a batch without a kept sequence, leaves the state as it was, but
-  for the step, and reports `update/applied` 0.
+  Args of `update`: the state (donate it), batch, lambda, MASKS key of the update,
+  and scores of the batch from `estimate` with that key: the reference's, for
+  two passes the policy's, for ratios those of the parameters that sampled it.
+  `frozen` is what `join` wants. Returns (state, metrics,
+  `objectives.calibration`). A loss, gradient or score that is not finite, or a
+  batch without a kept sequence, leaves the state as it was, but for the step,
+  and reports `update/applied` 0.
   """
   per_token = objectives.OBJECTIVES[objective.name].per_token
-  policy_of = _scores_fn(logprob_fn, mask_id, per_token)
-  both_of = _scores_fn(pair_fn, mask_id, per_token)
+  scores_fn = _scores_fn(
+    pair_fn if plan.inside else logprob_fn, mask_id, per_token
+  )
 
   def update(
-    state: TrainState,
-    batch: RolloutBatch,
-    lambda_,
-    key,
-    reference,
-    policy=None,
-    old=None,
-    frozen=None,
+    state, batch, lambda_, key, reference, policy=None, old=None, frozen=None
   ):
     _check_scores(plan, objective, policy, old)
     masks = likelihood.batch_masks(key, mask_settings, batch)
@@ -229,40 +216,20 @@ def make_update(
     kept = jnp.maximum(batch.keep.sum(), 1.0)
     loss_of = _Loss(objective, lambda_, _sizes(batch, masks), kept)
 
-    def joined(params):
-      return params if join is None else join(params, frozen, state.reference)
+    def scores_of(params, *piece):
+      if join is not None:
+        params = join(params, frozen, state.reference)
+      return scores_fn(params, *piece)
 
-    # Each: (params, piece, masks, extra) -> (loss, scores of the piece).
-    def two_passes(params, piece, mask, weight):
-      policy = policy_of(joined(params), piece, mask)
-      return (weight * policy).sum(), (policy,)
-
-    def one_pass(params, piece, mask, extra):
-      policy = policy_of(joined(params), piece, mask)
-      return loss_of(piece, mask, policy, *extra)[0], (policy,)
-
-    def both_inside(params, piece, mask, extra):
-      policy, reference = both_of(joined(params), piece, mask)
-      reference = jax.lax.stop_gradient(reference)
-      loss, _ = loss_of(piece, mask, policy, reference, *extra)
-      return loss, (policy, reference)
-
-    if plan.two_passes:
-      piece_loss = two_passes
-      extra = jax.grad(
-        lambda policy: loss_of(batch, masks, policy, reference, old)[0]
-      )(policy)  # like the scores
-    elif plan.inside:
-      piece_loss, extra = both_inside, (old,)
-    else:
-      piece_loss, extra = one_pass, (reference, old)
+    piece_loss, extra = _piece_loss(
+      plan, loss_of, scores_of, (batch, masks, policy, reference, old)
+    )
     gradients, scores = _accumulated(
       piece_loss,
       state.params,
-      (cut.split(batch), *cut.split_masks((masks, extra))),
       cut,
+      (batch, masks, extra),
       _no_scores(cut, masks, per_token, 1 + plan.inside),
-      cut.active(batch.keep),
       streams.summing_key(key),
       sum_dtype,
     )
@@ -273,18 +240,54 @@ def make_update(
     state, more = _applied(
       state,
       gradients,
-      # A score that is not finite could cancel out of the loss.
       (loss, policy, reference),
-      batch.keep.sum() > 0,
+      batch.keep,
       optimizer,
       streams.rounding_key(key),
       learning_rate,
     )
-    more |= {"loss": loss, "update/kept_share": batch.keep.mean()}
     found = objectives.calibration(loss_of.terms(*arguments), objective)
-    return state, metrics | more, found
+    return state, metrics | more | {"loss": loss}, found
 
   return update
+
+
+def _piece_loss(plan, loss_of, scores_of, whole):
+  """What a micro-batch differentiates, and what of the batch it needs for it.
+
+  Args:
+    plan: whether in one pass or two, and who scores the reference.
+    loss_of: `_Loss` of the batch.
+    scores_of: (parameters, piece, masks) -> scores of the policy, or of policy
+      and reference where the update scores both.
+    whole: arguments of `loss_of` for the whole batch.
+
+  Returns:
+    ((parameters, piece, masks, extra) -> (loss, scores of the piece); extra
+    for all pieces, cut like masks).
+  """
+  batch, masks, policy, reference, old = whole
+
+  def two_passes(params, piece, mask, weight):
+    scores = scores_of(params, piece, mask)
+    return (weight * scores).sum(), (scores,)
+
+  def both_inside(params, piece, mask, old):
+    scores, reference = scores_of(params, piece, mask)
+    reference = jax.lax.stop_gradient(reference)
+    loss, _ = loss_of(piece, mask, scores, reference, old)
+    return loss, (scores, reference)
+
+  def one_pass(params, piece, mask, extra):
+    scores = scores_of(params, piece, mask)
+    return loss_of(piece, mask, scores, *extra)[0], (scores,)
+
+  if plan.two_passes:
+    weigh = lambda policy: loss_of(batch, masks, policy, reference, old)[0]  # noqa: E731
+    return two_passes, jax.grad(weigh)(policy)  # like the scores
+  if plan.inside:
+    return both_inside, old
+  return one_pass, (reference, old)
 
 
 def _check_scores(plan, objective, policy, old) -> None:
@@ -310,10 +313,13 @@ def _no_scores(cut, masks, per_token: bool, count: int):
   return (jnp.zeros((cut.count, cut.size, *shape), jnp.float32),) * count
 
 
-def _accumulated(
-  piece_loss, params, pieces, cut, empty, active, key, sum_dtype
-):
-  """(sum of the micro-batches' gradients, their scores [M, n, ...])."""
+def _accumulated(piece_loss, params, cut, whole, empty, key, sum_dtype):
+  """(sum of the micro-batches' gradients, their scores [M, n, ...]).
+
+  `whole` is the batch, with its masks and what else is cut like them.
+  """
+  batch, *like_masks = whole
+  pieces = (cut.split(batch), *cut.split_masks(tuple(like_masks)))
 
   def gradient_of(index):
     piece = jax.tree.map(lambda x: x[index], pieces)
@@ -338,24 +344,26 @@ def _accumulated(
   start = jax.tree.map(
     lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, sum_dtype)), params
   )
+  active = cut.active(batch.keep)
   return jax.lax.fori_loop(0, active, body, (start, empty))
 
 
-def _applied(state, gradients, finite, kept, optimizer, key, learning_rate):
+def _applied(state, gradients, finite, keep, optimizer, key, learning_rate):
   """The state after a step of the optimizer, where it is sound; metrics.
 
   Args:
     state: before.
     gradients: of the whole batch.
-    finite: what must be, or the step is not applied; None is passed over.
-    kept: whether a sequence is. Without one the gradient is 0, on which
-      momentum would act.
+    finite: what must be, or the step is not applied; None is passed over. A
+      score that is not finite could cancel out of the loss.
+    keep: f32 [N]. Without a kept sequence the gradient is 0, on which momentum
+      would act.
     optimizer, learning_rate: as of `make_update`.
     key: of the bits that round what is stored.
   """
   gradients = rounding.widen(gradients)
   norm = optax.global_norm(gradients)
-  applied = jnp.isfinite(norm) & kept
+  applied = jnp.isfinite(norm) & (keep.sum() > 0)
   for each in jax.tree.leaves(finite):
     applied &= jnp.isfinite(each).all()
   before = (state.params, state.opt_state)
@@ -371,6 +379,7 @@ def _applied(state, gradients, finite, kept, optimizer, key, learning_rate):
     "grad_norm": norm,
     "lr": learning_rate(updates_applied(state)),
     "update/applied": applied.astype(jnp.float32),
+    "update/kept_share": keep.mean(),
   }
   state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
   return state, metrics

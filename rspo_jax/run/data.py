@@ -53,25 +53,6 @@ class PromptBatch:
   cut: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class DemonstrationBatch:
-  """This process's share of a batch of demonstrations.
-
-  Attributes:
-    tokens: i32 [b, P], prompts padded on the left.
-    mask: bool [b, P], False on padding.
-    completion: i32 [b, L], filled up with EOS.
-    corrupt: bool [b], which demonstrations are of mixed quality.
-    cut: bool [b], of whose prompts only the tail is there.
-  """
-
-  tokens: np.ndarray
-  mask: np.ndarray
-  completion: np.ndarray
-  corrupt: np.ndarray
-  cut: np.ndarray
-
-
 def load_examples(
   task: base.Task, split: str, settings: schema.Data
 ) -> Sequence[base.Example]:
@@ -244,27 +225,6 @@ class _Order:
       mine = epochs == epoch
       found[mine] = self._epoch(epoch)[rows[mine]]
     return found
-
-
-class _Streams:
-  """One random generator that is set to the stream of a position when asked.
-
-  Building a generator takes longer than drawing what a demonstration needs;
-  setting the counter of an existing one does not.
-  """
-
-  def __init__(self, seed: int):
-    self._bits = np.random.Philox(np.random.SeedSequence(seed))
-    self._state = self._bits.state
-    self._generator = np.random.Generator(self._bits)
-
-  def at(self, position: int) -> np.random.Generator:
-    """Returns the generator at the start of a position's stream."""
-    self._state["state"]["counter"][:] = (0, 0, position, 0)
-    self._state["buffer_pos"] = 4  # 4: the buffer of drawn words is empty
-    self._state["has_uint32"] = 0
-    self._bits.state = self._state
-    return self._generator
 
 
 class Batches:
@@ -443,95 +403,3 @@ def encode_prompts(
   )
   tokens, mask = prompts.rows(np.arange(len(examples)))
   return PromptBatch(tokens, mask, examples, prompts.cut)
-
-
-def demonstration_batches(
-  examples: Sequence[base.Example],
-  task: base.Task,
-  prompt: Callable[[base.Example], str],
-  encode: Callable[[str], Sequence[int]],
-  batch_size: int,
-  seed: int,
-  *,
-  prompt_length: int,
-  completion_length: int,
-  pad_id: int,
-  eos_id: int,
-  corrupt_share: float = 0.0,
-  long_prompts: str = "refuse",
-  user_text: Callable[[base.Example], str] | None = None,
-  **placement,
-) -> Batches:
-  """Returns batches of demonstrations for supervised training.
-
-  Whether a demonstration is corrupt, and how, is drawn from (seed, position),
-  so it differs from epoch to epoch and not between process counts.
-
-  Args:
-    examples: see `load_examples`.
-    task: gives `demonstration` and `corrupt`.
-    prompt: example -> text of the prompt.
-    encode: text -> token ids.
-    batch_size: B, over all processes.
-    seed: of the order and of the corruption.
-    prompt_length: P.
-    completion_length: L.
-    pad_id: fills the left of shorter prompts.
-    eos_id: fills the right of shorter completions.
-    corrupt_share: expected share of corrupt demonstrations, 0..1.
-    long_prompts, user_text: as in `Prompts`.
-    **placement: start_step, rows and shuffle of `Batches`.
-
-  Returns:
-    `Batches` of `DemonstrationBatch`.
-
-  Raises:
-    DataError: a task without demonstrations, or a share outside 0..1; on
-      reading, a demonstration longer than L.
-  """
-  if task.demonstration is None or (corrupt_share and task.corrupt is None):
-    raise DataError(
-      f"task {task.name} has no {'corrupt ' if task.demonstration else ''}"
-      "demonstrations, which supervised training on it would need."
-    )
-  if not 0.0 <= corrupt_share <= 1.0:
-    raise DataError(f"corrupt_share={corrupt_share} must be in 0..1.")
-  streams = _Streams(seed)
-  clean_ids: dict[int, Sequence[int]] = {}
-
-  def encode_answer(text: str) -> Sequence[int]:
-    try:
-      ids = encode(text)
-    except ValueError as error:
-      raise DataError(f"demonstration {text[:60]!r}: {error}") from error
-    if len(ids) > completion_length:
-      raise DataError(
-        f"the demonstration {text[:60]!r} has {len(ids)} tokens, more than"
-        f" sampler.completion_length={completion_length}; set that to at least"
-        f" {len(ids)}."
-      )
-    return ids
-
-  def make(prompts, indices, positions):
-    tokens, mask = prompts.rows(indices)
-    corrupt = np.zeros(len(indices), bool)
-    completion = np.full((len(indices), completion_length), eos_id, np.int32)
-    pairs = zip(indices.tolist(), positions.tolist(), strict=True)
-    for row, (index, position) in enumerate(pairs):
-      rng = streams.at(position) if corrupt_share else None
-      if rng is not None and rng.random() < corrupt_share:
-        corrupt[row] = True
-        ids = encode_answer(task.corrupt(examples[index], rng))
-      else:
-        ids = clean_ids.get(index)
-        if ids is None:
-          ids = encode_answer(task.demonstration(examples[index]))
-          clean_ids[index] = ids
-      completion[row, : len(ids)] = ids
-    cut = prompts.cut[indices]
-    return DemonstrationBatch(tokens, mask, completion, corrupt, cut)
-
-  prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
-  )
-  return Batches(prompts, make, batch_size, seed, **placement)

@@ -201,23 +201,29 @@ def decode(
     played = denoising(
       completions, scored, sharding.local_rows(out.commit_step)[split.own]
     )
-    for i in np.flatnonzero(real):
-      rows.append(
-        {
-          "index": int(picked[i]),
-          **({"sample": sample} if samples > 1 else {}),
-          "completion": judged.texts[i],
-          **rollout.verdict_row(judged.verdicts[i]),
-          "length": int(scored[i].sum()),
-          **(played[i] if played else {}),
-        }
-      )
+    found = _rows(picked, judged, scored, played)
+    numbered = {"sample": sample} if samples > 1 else {}
+    rows += [found[i] | numbered for i in np.flatnonzero(real)]
     on_batch(sample * total + min(start + batch, total), samples * total)
   rows = sharding.gather_json(rows)
   rows.sort(key=lambda row: (row["index"], row.get("sample", 0)))
   decoded = sum(sharding.gather_json([decoded]))
   speed = decoded / seconds if seconds else None
   return _result(rows, (total, samples), float(np.mean(calls)), speed)
+
+
+def _rows(index, judged, scored, played) -> list[dict[str, Any]]:
+  """Completions with their verdicts, as files have them."""
+  return [
+    {
+      "index": int(index[i]),
+      "completion": text,
+      **rollout.verdict_row(judged.verdicts[i]),
+      "length": int(scored[i].sum()),
+      **(played[i] if played else {}),
+    }
+    for i, text in enumerate(judged.texts)
+  ]
 
 
 def _result(rows, shape, calls: float, tokens_per_s: float | None) -> Result:

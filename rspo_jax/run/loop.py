@@ -17,6 +17,7 @@ from rspo_jax.devices.interrupt import Interrupt
 from rspo_jax.reporting import metrics, profiler, tables
 from rspo_jax.run import (
   data,
+  demonstrations,
   evaluate,
   incident,
   preflight,
@@ -209,7 +210,7 @@ def open_batches(run: Run):
     rows=run.split.held,
   )
   if settings.supervised:
-    batches = data.demonstration_batches(
+    batches = demonstrations.demonstration_batches(
       examples,
       task=program.task,
       completion_length=settings.sampler.completion_length,

@@ -8,7 +8,6 @@ with an abstract model (`loading.py`).
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,31 +21,12 @@ from rspo_jax.algorithm import optimizer as optimizers
 from rspo_jax.devices import sharding
 from rspo_jax.models import checkpoints, families, lora, transformer
 from rspo_jax.reporting import transcripts
-from rspo_jax.run import data, loading, rollout
+from rspo_jax.run import compiled, data, layouts, loading, rollout
 from rspo_jax.run import settings as settings_lib
 from rspo_jax.run.compiled import Compiled, Hook
 from rspo_jax.sampling.sampler_settings import SamplerSettings
 
 _ADAPTER = 0x6C6F7261  # fold of the run's key: the new adapter
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """Brings arrays where they are wanted, abstract ones too.
-
-  Attributes:
-    shardings: where, leaf by leaf.
-    fn: jitted, tree -> tree.
-  """
-
-  shardings: Any
-  fn: Any
-
-  def __call__(self, tree):
-    """The tree in its new places."""
-    if isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct):
-      return loading.placed(tree, self.shardings)
-    return self.fn(tree)
 
 
 @dataclasses.dataclass
@@ -88,8 +68,8 @@ class Program:
   update_fn: Compiled
   refresh_fn: Compiled
   hook: Hook
-  lay_out: Layout | None = None
-  lay_out_adapter: Layout | None = None
+  lay_out: layouts.Layout | None = None
+  lay_out_adapter: layouts.Layout | None = None
   evaluation_fns: dict[SamplerSettings, Compiled] = dataclasses.field(
     default_factory=dict
   )
@@ -273,7 +253,7 @@ def assemble(
     **maker.sampling(),
     **maker.scoring(),
     **maker.updating(optimizer, places),
-    **_layouts(settings, model.config, mesh, lora_settings),
+    **layouts.layouts(settings, model.config, mesh, lora_settings),
   )
 
 
@@ -311,7 +291,7 @@ class _Maker:
       fn,
       out_shardings=places,
       donate_argnums=donate,
-      compiler_options=compiler_options(self.mesh),
+      compiler_options=compiled.compiler_options(self.mesh),
     )
     return Compiled(name, jitted, self.mesh, self.hook)
 
@@ -408,64 +388,6 @@ def _of_weights(fn):
     return fn(lora.weights(params), *arguments)
 
   return of_params
-
-
-def _layouts(settings, config, mesh, lora_settings) -> dict[str, Layout]:
-  """What lays parameters out for sampling, where that differs."""
-  rollout_mesh = sharding.rollout_mesh(mesh, settings.mesh.rollout_tensor)
-  if rollout_mesh is mesh:
-    return {}
-  _check_heads(config, settings.mesh.rollout_tensor)
-
-  def layout(places):
-    before, after = places(mesh), places(rollout_mesh)
-    moved = functools.partial(_laid_out, rollout_mesh, before)
-    jitted = jax.jit(
-      moved, out_shardings=after, compiler_options=compiler_options(mesh)
-    )
-    return Layout(after, jitted)
-
-  found = {"lay_out": layout(lambda mesh: loading.shardings(mesh, config))}
-  if lora_settings is not None:
-    boxed = jax.eval_shape(
-      functools.partial(lora.boxed, config, lora_settings), jax.random.key(0)
-    )
-    found["lay_out_adapter"] = layout(
-      lambda mesh: sharding.shardings(mesh, boxed)
-    )
-  return found
-
-
-def _laid_out(mesh, shardings, tree):
-  """The tree on its way from training's shardings to those of `mesh`."""
-
-  def moved(leaf, where):
-    for stop in sharding.waypoints(mesh, where, leaf.shape):
-      leaf = jax.lax.with_sharding_constraint(leaf, stop)
-    return leaf
-
-  return jax.tree.map(moved, tree, shardings)
-
-
-def _check_heads(config: families.ModelConfig, tensor: int) -> None:
-  """Refuses to split what does not divide, which would stay whole unasked."""
-  if config.kv_heads % tensor:
-    raise ValueError(
-      f"mesh.rollout_tensor={tensor} must divide the {config.kv_heads} heads "
-      f"of keys and values; use {math.gcd(tensor, config.kv_heads)}."
-    )
-
-
-def compiler_options(mesh) -> dict[str, str]:
-  """What the compiler of the mesh's devices is told.
-
-  On TPUs it would split the products with gathered weights into pieces that
-  travel while they are multiplied; with the split on the contracting axis each
-  piece adds to a partial sum, and the modelled step is a third longer.
-  """
-  if mesh.devices.flat[0].platform != "tpu":
-    return {}
-  return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
 
 
 def fresh_state(program: Program) -> types.TrainState:

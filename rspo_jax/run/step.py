@@ -10,21 +10,16 @@ rollouts; the rest is the same code.
 import contextlib
 import dataclasses
 import time
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rspo_jax.algorithm import advantages, objectives, streams
 from rspo_jax.algorithm.types import RolloutBatch
 from rspo_jax.devices import sharding
-from rspo_jax.run import incident, records, rollout
+from rspo_jax.run import incident, records, rollout, scoring
 from rspo_jax.run.runs import Run
 from rspo_jax.run.state import Sampled
-
-# Nats per token between policy and reference before anything was learnt.
-START_TOLERANCE = 1e-6
 
 
 @dataclasses.dataclass
@@ -56,21 +51,6 @@ class Stopwatch:
     return max(0.0, 1.0 - busy_s / step_s)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scores:
-  """Scores of a batch for one update, from `estimate`.
-
-  Attributes:
-    reference: under the reference; None where it is not used.
-    policy: under the policy, for the update's two passes; else None.
-    old: under the parameters of the rollout, for ratios; else None.
-  """
-
-  reference: Any
-  policy: Any
-  old: Any
-
-
 @dataclasses.dataclass
 class Made:
   """What a step learns from.
@@ -84,7 +64,7 @@ class Made:
 
   batch: RolloutBatch
   values: dict[str, float]
-  scores: list[Scores] | None = None
+  scores: list[scoring.Scores] | None = None
   following: Sampled | None = None
 
 
@@ -99,8 +79,8 @@ def train(run: Run, batches) -> dict[str, float]:
   make = demonstrate if run.settings.supervised else roll_out
   made = make(run, batches, watch)
   with watch("time/score_s"):
-    scores = made.scores or score(run, made.batch)
-    check_start(run, made.batch, scores[0].reference)
+    scores = made.scores or scoring.score(run, made.batch)
+    scoring.check_start(run, made.batch, scores[0].reference)
     jax.block_until_ready([vars(each) for each in scores])
   with watch("time/update_s"):
     updates = [update(run, made.batch, one, i) for i, one in enumerate(scores)]
@@ -108,7 +88,7 @@ def train(run: Run, batches) -> dict[str, float]:
     with watch("time/samples_s"):
       records.keep_calibration(run, made.batch, updates[0][1])
   metrics = [values for values, _ in updates]
-  check_first_update(run, metrics[0])
+  scoring.check_first_update(run, metrics[0])
   values = settle(run, made, scores, metrics)
   run.amid_updates = False
   values |= watch.seconds
@@ -161,9 +141,9 @@ def wait_for_rollout(run: Run, sampled: Sampled, watch: Stopwatch) -> None:
     sampled.seconds = time.perf_counter() - sampled.begun_s
   if plan.ratio == "sampler":
     with watch("time/score_s"):
-      batch = unjudged_batch(run, out)
+      batch = scoring.unjudged_batch(run, out)
       sampled.old = [
-        scores_under(run, run.policy, batch, update, sampled.step)
+        scoring.scores_under(run, run.policy, batch, update, sampled.step)
         for update in range(plan.updates)
       ]
       jax.block_until_ready(sampled.old)
@@ -188,7 +168,7 @@ def roll_out(run: Run, batches, watch: Stopwatch) -> Made:
   elif settings.scores.early:
     # Nothing about these scores depends on the rewards: the device works on
     # them while the host verifies.
-    scores = score(run, unjudged_batch(run, out))
+    scores = scoring.score(run, scoring.unjudged_batch(run, out))
   with watch("time/reward_s"):
     judged = judge(run, prompts, tokens, ended)
   finished, forwards = finish_partial(run, prompts, out, watch)
@@ -212,7 +192,7 @@ def roll_out(run: Run, batches, watch: Stopwatch) -> Made:
   batch = program.batch_fn(out, found)
   if sampled.old:
     old = [program.reorder_fn(one, batch) for one in sampled.old]
-    scores = score(run, batch, old)
+    scores = scoring.score(run, batch, old)
   return Made(batch, values, scores, following)
 
 
@@ -337,96 +317,20 @@ def find(run: Run, outcomes: rollout.Outcomes, finished) -> rollout.Findings:
   )
 
 
-# Score.
-
-
-def unjudged_batch(run: Run, out: rollout.Completions) -> RolloutBatch:
-  """Completions as a batch, before anything is known of them."""
-  settings = run.settings.rollout
-  found = rollout.before_rewards(settings.prompts, settings.group_size)
-  return run.program.batch_fn(out, found)
-
-
-def mask_key(run: Run, update: int, step: int | None = None) -> jax.Array:
-  """Key of the masks of one of a step's updates, shared by all scores.
-
-  Of the present step where none is given.
-  """
-  step = run.state.step if step is None else step
-  return streams.mask_key(run.settings.run.seed, step, update)
-
-
-def scores_under(run: Run, params, batch, update: int, step: int | None = None):
-  """Scores of a batch under parameters, with the masks of an update."""
-  key = mask_key(run, update, step)
-  return run.program.estimate_fn(params, batch, key)
-
-
-def scores_of_both(run: Run, batch, update: int):
-  """(policy's scores, reference's) of a batch from one pass."""
-  state = run.state.train
-  params = run.program.policy(state.params, state.reference)
-  return run.program.pair_fn(params, batch, mask_key(run, update))
-
-
-def score(run: Run, batch, old=()) -> list[Scores]:
-  """Scores of a batch before its first update, for each of its updates.
-
-  Args:
-    run: whose step it is.
-    batch: of the step.
-    old: those under the parameters that sampled it, where they are older.
-  """
-  plan, out = run.settings.scores, []
-  for update in range(plan.updates):
-    needed = plan.before(update)
-    reference = policy = None
-    if needed.together:
-      policy, reference = scores_of_both(run, batch, update)
-    else:
-      if needed.reference:
-        reference = scores_under(run, run.reference, batch, update)
-      if needed.policy:
-        policy = scores_under(run, run.policy, batch, update)
-    # The parameters that sampled are the policy's, if not older.
-    sampler = policy if plan.ratio == "updates" else None
-    out.append(Scores(reference, policy, old[update] if old else sampler))
-  return out
-
-
-def check_start(run: Run, batch, reference) -> None:
-  """Before the first update policy and reference are one: d must be 0."""
-  if run.state.step:
-    return
-  if run.settings.scores.inside:
-    policy, reference = scores_of_both(run, batch, 0)
-  elif reference is None:
-    return
-  else:
-    policy = scores_under(run, run.policy, batch, 0)
-  worst = float(jnp.abs(policy - reference).max())
-  if worst != 0.0:
-    run.writer.warn(
-      f"Relative scores before the first update are off by {worst:.2e} nats "
-      "per token where they should be exactly 0: policy and reference are "
-      "not scored alike."
-    )
-
-
 # Update.
 
 
-def update(run: Run, batch, scores: Scores, index: int):
+def update(run: Run, batch, scores: scoring.Scores, index: int):
   """One of a step's updates; returns its metrics and its calibration."""
   plan, state = run.settings.scores, run.state
   policy = scores.policy if plan.two_passes else None
   if plan.policy_again(index):
-    policy = scores_under(run, run.policy, batch, index)
+    policy = scoring.scores_under(run, run.policy, batch, index)
   state.train, values, compared = run.program.update_fn(
     state.train,
     batch,
     state.lambda_,
-    mask_key(run, index),
+    scoring.mask_key(run, index),
     scores.reference,
     policy,
     scores.old,
@@ -434,31 +338,6 @@ def update(run: Run, batch, scores: Scores, index: int):
   )
   run.amid_updates = True
   return {k: float(v) for k, v in jax.device_get(values).items()}, compared
-
-
-def check_first_update(run: Run, values) -> None:
-  """Policy and reference inside the gradient's program, before it moved them.
-
-  1e-6 nats per token in float32; with bfloat16 what is measured is the noise
-  floor of d, which is said.
-  """
-  if run.state.step or "score/relative_std" not in values:
-    return
-  if not run.settings.objective.subtract_reference:
-    return  # what is called relative then is the policy's own
-  worst = max(abs(values["score/relative_mean"]), values["score/relative_std"])
-  dtype = run.program.model.config.compute_dtype
-  if dtype != "float32":
-    run.writer.say(
-      f"Noise floor of d in {dtype}: {worst:.1e} nats per token, measured "
-      "where policy and reference are one."
-    )
-  elif worst > START_TOLERANCE:
-    run.writer.warn(
-      f"Relative scores inside the first update are off by {worst:.2e} nats "
-      f"per token, more than {START_TOLERANCE:.0e}: the gradient's program "
-      "does not score as the reference's does."
-    )
 
 
 def settle(run: Run, made: Made, scores, updates) -> dict[str, float]:

@@ -14,8 +14,6 @@ from rspo_jax.algorithm import likelihood, objectives
 from rspo_jax.algorithm.objectives import ObjectiveSettings
 from rspo_jax.algorithm.types import Terms
 from rspo_jax.config import schema
-from rspo_jax.run import rollout
-from rspo_jax.tasks import base
 
 PROMPTS, GROUP, MASKS = 3, 4, 4
 N = PROMPTS * GROUP
@@ -121,6 +119,33 @@ def test_the_objective_and_its_weights_are_those_of_the_definition(
   kept = np.asarray(terms.keep).sum()
   weight = -np.repeat(gap[:, None], MASKS, 1) / kept / MASKS
   np.testing.assert_allclose(gradient, weight, rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("keep", (None, DROPPED), ids=("all", "dropped"))
+@pytest.mark.parametrize("settings", VARIANTS, ids=NAMES)
+def test_the_gap_that_is_shown_is_that_of_the_definition(settings, keep):
+  terms = terms_of(settings, keep=keep)
+  found = objectives.calibration(terms, settings)
+  gap = np.where(terms.keep, definition(terms, settings)[1], 0.0)
+  kept = np.asarray(terms.keep) > 0
+  np.testing.assert_allclose(
+    found["gap"][kept], gap[kept], rtol=1e-5, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    found["gap"],
+    found["advantage"] - settings.lambda_ * found["estimate"],
+    rtol=1e-5,
+    atol=1e-5,
+  )
+  np.testing.assert_array_equal(found["target"], terms.target)
+
+
+def test_what_has_no_gap_shows_the_relative_score_alone():
+  terms = terms_of(settings_of())
+  assert set(objectives.calibration(terms, settings_of(name="rft"))) == {
+    "relative"
+  }
+  assert objectives.calibration(terms, settings_of(name="sft")) == {}
 
 
 @pytest.mark.parametrize("centring", schema.CENTRINGS)
@@ -646,21 +671,14 @@ def test_supervised_training_is_rspo_with_advantage_one_and_no_lambda():
   np.testing.assert_allclose(b[0], -scores[DROPPED == 1].mean(), rtol=1e-6)
 
 
-def assembled(correct, settings, **options):
-  """`rollout.assemble` of completions of one token with these verdicts."""
-  n = correct.size
-  verdicts = [base.Verdict(float(x), bool(x), {}, "") for x in correct.flat]
-  return rollout.assemble(
-    np.zeros((n, 2), np.int32),
-    np.ones((n, 2), bool),
-    np.ones((n, 1), bool),
-    rollout.Judged([""] * n, verdicts),
-    settings,
-    normalize=False,
-    scope="completion",
-    shards=1,
-    **options,
+def advantages_of(correct, settings, skip_equal_groups, keep_groups=0):
+  """(advantages [N], keep bool [N]) of completions with these verdicts."""
+  settings = dataclasses.replace(settings, skip_equal_groups=skip_equal_groups)
+  found = objectives.rollout_advantages(
+    correct.astype(np.float32), correct, settings, keep_groups
   )
+  keep = (found != 0).any(1) | (not skip_equal_groups)
+  return found.reshape(-1), np.repeat(keep, correct.shape[1])
 
 
 @pytest.mark.parametrize(
@@ -678,15 +696,13 @@ def test_rejection_sampling_is_the_plain_mean_over_right_completions(
   correct = [[1, 0, 0, 1], *[[0, 0, 0, 0]] * wrong_groups, [0, 1, 1, 1]]
   correct = np.array(correct, bool)
   settings = settings_of(name="rft", group_size=4)
-  batch = assembled(correct, settings, **options)
-  assert batch.advantage.dtype == np.float32
-  right = correct.reshape(-1)[batch.row]
+  advantage, keep = advantages_of(correct, settings, **options)
+  assert advantage.dtype == np.float32
+  right, n = correct.reshape(-1), correct.size
   if "keep_groups" in options:
-    right &= batch.row < 4
-  assert ((batch.advantage != 0) == right).all()
-  keep = batch.keep > 0
-  n = len(right)
-  terms = terms_of(settings, n=n, advantage=batch.advantage, keep=keep)
+    right = right & (np.arange(n) < 4)
+  assert ((advantage != 0) == right).all()
+  terms = terms_of(settings, n=n, advantage=advantage, keep=keep)
   value, gradient, metrics = weights_of(terms, settings)
   scores = np.asarray(terms.policy, np.float64).mean(1)
   np.testing.assert_allclose(value, -scores[right].mean(), rtol=1e-6)
@@ -701,9 +717,9 @@ def test_rejection_sampling_is_the_plain_mean_over_right_completions(
 @pytest.mark.parametrize("skip", [False, True])
 def test_rejection_sampling_of_nothing_right_moves_nothing(skip):
   settings = settings_of(name="rft", group_size=3)
-  batch = assembled(np.zeros((2, 3), bool), settings, skip_equal_groups=skip)
-  assert (batch.advantage == 0).all()
-  assert (batch.keep == (not skip)).all()
+  advantage, keep = advantages_of(np.zeros((2, 3), bool), settings, skip)
+  assert (advantage == 0).all()
+  assert (keep == (not skip)).all()
 
 
 # Advantages and targets, on the host.

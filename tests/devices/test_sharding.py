@@ -220,7 +220,8 @@ with tiny_runs.quick():
       *sharding.put_global(built.mesh, prompts),
       streams.stream_key(0, 0, streams.ROLLOUT),
     )
-    compiled = built.rollout_fn.lower(*arguments).compile()
+    with sharding.active(built.mesh):
+      compiled = built.rollout_fn.trace(*arguments).lower().compile()
     completions = built.rollout_fn(*arguments)
     gathered = re.findall(
       r"= ([a-z0-9]+\\[[0-9,]*\\])\\S* all-gather", compiled.as_text()

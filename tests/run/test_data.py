@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rspo_jax.config import schema
-from rspo_jax.run import data
+from rspo_jax.run import data, demonstrations
 from rspo_jax.tasks import TASKS
 
 PAD, EOS = 98, 99
@@ -50,7 +50,7 @@ def demonstrations_of(count=20, size=6, seed=0, **options):
     "pad_id": PAD,
     "eos_id": EOS,
   } | options
-  return data.demonstration_batches(
+  return demonstrations.demonstration_batches(
     examples_of(count),
     TASKS["countdown"],
     prompt,
@@ -163,9 +163,8 @@ class TestPromptBatches:
   ):
     monkeypatch.setattr(data, "_CHECKED_PROMPTS", checked)
     examples = examples_of(18)
-    tokens, mask, cut = data.encode_prompts(
-      examples, prompt, encode, 10, PAD, "keep_tail"
-    )
+    found = data.encode_prompts(examples, prompt, encode, 10, PAD, "keep_tail")
+    tokens, mask, cut = found.tokens, found.mask, found.cut
     texts = [prompt(e) for e in examples]
     assert [decode(t[m]) for t, m in zip(tokens, mask, strict=True)] == [
       text[-10:] for text in texts
@@ -198,7 +197,8 @@ class TestPromptBatches:
 
   def test_encode_prompts_keeps_the_order(self):
     examples = examples_of(7)
-    tokens, mask, cut = data.encode_prompts(examples, prompt, encode, 16, PAD)
+    found = data.encode_prompts(examples, prompt, encode, 16, PAD)
+    tokens, mask, cut = found.tokens, found.mask, found.cut
     assert not cut.any()
     texts = [decode(t[m]) for t, m in zip(tokens, mask, strict=True)]
     assert texts == [prompt(e) for e in examples]

@@ -8,7 +8,7 @@ import pytest
 
 from rspo_jax.algorithm import streams
 from rspo_jax.devices import sharding
-from rspo_jax.run import evaluate, rollout
+from rspo_jax.run import data, evaluate, rollout
 from rspo_jax.tasks import base
 
 
@@ -62,11 +62,12 @@ class Echo:
   """A rollout that answers with the prompt and keeps its calls."""
 
   def __init__(self):
-    self.calls = []
+    self.calls, self.called = [], False
 
   def __call__(self, params, tokens, mask, key):
     import jax
 
+    self.called = True
     self.calls.append(
       (params, np.asarray(tokens), jax.random.key_data(key).tolist())
     )
@@ -87,8 +88,11 @@ class Echo:
 def run(total, batch, seed=0, on_batch=lambda done, total: None, **options):
   """An evaluation of `total` prompts, prompt i being [i, i, i]."""
   tokens = np.repeat(np.arange(total)[:, None], 3, axis=1).astype(np.int32)
-  prompts = evaluate.Prompts(
-    tokens, np.ones_like(tokens, bool), [{"i": i} for i in range(total)]
+  prompts = data.PromptBatch(
+    tokens,
+    np.ones_like(tokens, bool),
+    [{"i": i} for i in range(total)],
+    np.zeros(total, bool),
   )
 
   def judge(examples, texts):
@@ -103,7 +107,7 @@ def run(total, batch, seed=0, on_batch=lambda done, total: None, **options):
 
   echo = Echo()
   mesh = sharding.make_mesh()
-  result = evaluate.run(
+  result = evaluate.decode(
     echo,
     "params",
     prompts,

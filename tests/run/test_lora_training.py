@@ -151,7 +151,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_a_run_goes_on_from_it(
   program = tiny_runs.program_of(tiny("cut"))
   shapes = jax.tree.leaves(program.state_template.params)
   assert len(shapes) == 2 * len(lora.PROJECTIONS)
-  tiny_runs.disturb(monkeypatch, "train_one", 1, tiny_runs.ask_to_stop)
+  tiny_runs.disturb(monkeypatch, "train", 1, tiny_runs.ask_to_stop)
   assert main.main(tiny("cut")) == 75
   assert main.main(tiny("cut")) == 0
   assert tiny_runs.repeatable(tiny.folder / "cut") == tiny_runs.repeatable(
