@@ -198,9 +198,8 @@ def make_update(
   and scores of the batch from `estimate` with that key: the reference's, for
   two passes the policy's, for ratios those of the parameters that sampled it.
   `frozen` is what `join` wants. Returns (state, metrics,
-  `objectives.calibration`). A loss, gradient or score that is not finite, or a
-  batch without a kept sequence, leaves the state as it was, but for the step,
-  and reports `update/applied` 0.
+  `objectives.calibration`). What is not finite, or a batch without a kept
+  sequence, leaves all but the step as it was: `update/applied` is 0.
   """
   per_token = objectives.OBJECTIVES[objective.name].per_token
   scores_fn = _scores_fn(
