@@ -14,8 +14,9 @@ assumption from public descriptions, tried on no machine.
 """
 
 import dataclasses
-import difflib
 import math
+
+from rspo_jax.config.names import nearest
 
 GIB = 2**30
 
@@ -122,7 +123,7 @@ def parse(text: str) -> Topology:
   """
   kind, colon, sides = text.strip().lower().partition(":")
   if kind not in CHIPS:
-    near = difflib.get_close_matches(kind, CHIPS, 3, 0.3) or list(CHIPS)
+    near = nearest(kind, CHIPS, 0.3) or list(CHIPS)
     sold = [k for k in near if sides in CHIPS[k].slices]
     hint = (
       f"{sold[0]}:{sides}" if sold else f"{near[0]}:{CHIPS[near[0]].slices[2]}"

@@ -18,7 +18,6 @@ import json
 import pathlib
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -288,20 +287,3 @@ def d1_document(
     "diffusion_steps": steps,
     "block_length": settings.block_length,
   }
-
-
-def main(arguments: Sequence[str]) -> int:
-  """Prints the table of the folders named; returns the exit status."""
-  if not arguments or arguments[0].startswith("-"):
-    print("usage: python -m rspo_jax.scores DIR [DIR ...]", file=sys.stderr)
-    return 2 if not arguments else 0
-  try:
-    print(markdown(table(read(arguments))))
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))

@@ -16,7 +16,6 @@ The package runs in worker processes (`generators`): pip install -r
 requirements-gym.txt.
 """
 
-import difflib
 import functools
 import json
 import os
@@ -25,7 +24,7 @@ import re
 import zlib
 from collections.abc import Mapping, Sequence
 
-from rspo_jax.config import schema
+from rspo_jax.config import names, schema
 from rspo_jax.datasets import files
 from rspo_jax.tasks import answers, base, own, workers
 
@@ -90,7 +89,7 @@ def _check(pool: workers.Workers, name: str, options: str) -> None:
   if found.reason:
     raise ValueError(f"task.name={PREFIX}{name}: {found.reason}; {_REMEDY}")
   if name not in found.value:
-    near = difflib.get_close_matches(name, found.value, 3)
+    near = names.nearest(name, found.value)
     hint = f"did you mean {' or '.join(near)}?" if near else "choose from "
     more = "" if near else ", ".join(found.value)
     raise ValueError(

@@ -13,6 +13,7 @@ import pytest
 
 import rspo_jax
 from rspo_jax.tools.demo import demo, web
+from rspo_jax.tools.demo import session as session_lib
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +76,13 @@ def test_prompts_of_a_task_are_judged_and_others_refused(session):
   for prompt in ("", "hello", "x" * 5000):
     with pytest.raises(ValueError):
       session.read(prompt)
-  assert len(session.examples) == demo.EXAMPLES
+  assert len(session.examples) == session_lib.EXAMPLES
   for prompt in session.examples:
     assert session.read(prompt)[0] is not None
 
 
 def test_a_sudoku_is_solved_so_that_it_can_be_judged():
-  example = demo.example_of("sudoku", "0241 0003 1002 2000")
+  example = session_lib.example_of("sudoku", "0241 0003 1002 2000")
   puzzle, grid = example["puzzle"], example["ground_truth"]
   assert all(a in ("0", b) for a, b in zip(puzzle, grid, strict=True))
   cells = np.array(list(grid)).reshape(2, 2, 2, 2)  # box row, row, ...
@@ -89,16 +90,16 @@ def test_a_sudoku_is_solved_so_that_it_can_be_judged():
     units = cells.transpose(axes).reshape(4, 4)
     assert all(set(unit) == set("1234") for unit in units)
   with pytest.raises(ValueError, match="no solution"):
-    demo.example_of("sudoku", "1100000000000000")
-  assert demo.example_of("sudoku", "12345") is None
+    session_lib.example_of("sudoku", "1100000000000000")
+  assert session_lib.example_of("sudoku", "12345") is None
 
 
 def test_a_model_of_a_run_knows_its_task(tmp_path):
   (tmp_path / "config.json").write_text('{"task": {"name": "sudoku"}}')
-  assert demo.task_of("x", str(tmp_path / "model")) == "sudoku"
+  assert session_lib.task_of("x", str(tmp_path / "model")) == "sudoku"
   (tmp_path / "config.json").write_text('{"task": {"name": "own:score"}}')
-  assert demo.task_of("x", str(tmp_path / "model")) == "none"
-  assert demo.task_of("x", str(tmp_path / "nowhere" / "model")) == "none"
+  assert session_lib.task_of("x", str(tmp_path / "model")) == "none"
+  assert session_lib.task_of("x", str(tmp_path / "nowhere" / "model")) == "none"
 
 
 @pytest.mark.parametrize(
@@ -107,8 +108,8 @@ def test_a_model_of_a_run_knows_its_task(tmp_path):
     (["--model=nowhere"], "not a folder"),
     (["--model=embedded:sudoko"], "embedded:sudoku"),
     (["--setps=3"], "did you mean --steps?"),
-    (["--steps=three"], "--help"),
-    (["--seed=-1"], "0 .. 2**31"),
+    (["--steps=three"], "--steps=three must be a whole number"),
+    (["--seed=-1"], "0 .. 2147483647"),
     (["--task=chess"], "countdown"),
     (["--length=100"], "between 1 and 63"),
     (["--block=3"], "use 2 or 4"),

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from rspo_jax.tools.report import report, statistics
+from rspo_jax.tools.report import payload, report, statistics
 from rspo_jax.tools.report import runs as report_runs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -30,7 +30,6 @@ def write_run(
   finished=True,
   calibration=True,
   samples=True,
-  extra=None,
 ):
   """Writes a folder as a run leaves it, with made-up but plausible figures."""
   rng = np.random.default_rng([seed, int(1000 * lambda_), len(name)])
@@ -67,8 +66,10 @@ def write_run(
             "completion": text,
             "reward": 1.0 if right[i] else 0.1,
             "correct": bool(right[i]),
-            "parts": {"correct": float(right[i]), "numbers": 0.9},
-            "reason": "reaches the target" if right[i] else "misses it",
+            "verdict": {
+              "parts": {"correct": float(right[i]), "numbers": 0.9},
+              "reason": "reaches the target" if right[i] else "misses it",
+            },
             "pieces": list(text),
             "commit_step": [int(s) for s in rng.permutation(len(text))],
           }
@@ -96,6 +97,7 @@ def write_run(
       "rollout/denoiser_calls": 8,
       "rollout/length_mean": 6.0 + way,
       "score/relative_std": 0.1 * way,
+      "compute/cumulative": 512.0 * step,
       "score/mask_variance": 0.02 + 0.05 * way,
       "gap/lambda_share": lambda_ * 0.1 * way,
       "gap/std": 1.0,
@@ -107,7 +109,7 @@ def write_run(
       "time/update_s": 0.3,
       "time/step_s": 20.0 if step == 1 else 1.0,
     }
-    rows.append(row | (extra or {}))
+    rows.append(row)
   if finished:
     rows[-1] |= evaluation(steps, after)
     (folder / "summary.json").write_text("{}")
@@ -150,7 +152,7 @@ def write_sweep(folder, seeds=3, **kwargs):
 
 def payload_of(*folders):
   groups, notes = report.build([pathlib.Path(folder) for folder in folders])
-  return report.payload(groups, notes)
+  return payload.payload(groups, notes)
 
 
 def call(capsys, *words):
@@ -387,7 +389,7 @@ def test_thinned_columns_are_means_over_bins_that_agree_between_seeds():
   ]
   rows[7]["loss"] = None  # was not finite
   rows[3]["reward/mean"] = 0.5
-  found = report.columns(rows, 10)
+  found = payload.columns(rows, 10)
   assert found["step"] == [10, 20, 23]
   squares = np.arange(24.0) ** 2
   assert found["loss"] == pytest.approx(
@@ -400,25 +402,7 @@ def test_thinned_columns_are_means_over_bins_that_agree_between_seeds():
   )
   assert found["x/seconds"] == [20, 40, 46]
   assert found["reward/mean"] == [0.5, None, None]
-  assert report.columns(rows, 1)["step"] == list(range(1, 24))
-
-
-def test_forwards_count_rollout_scores_and_three_per_mask_of_an_update(
-  tmp_path,
-):
-  def forwards(**kwargs):
-    folder = tmp_path / str(len(list(tmp_path.iterdir())))
-    run = report_runs.read_run(write_run(folder, steps=5, **kwargs))
-    return report_runs.with_compute(run)[-1]["x/forwards"]
-
-  # 32 sequences: 8 forwards of the sampler; K = 2 by the reference and, three
-  # times, by the update; 5 steps.
-  assert forwards() == 32 * (8 + 2 * (1 + 3)) * 5
-  # Half the groups dropped: they are sampled, not scored.
-  half = {"update/kept_share": 0.5}
-  assert forwards(extra=half) == 32 * (8 + 0.5 * 2 * (1 + 3)) * 5
-  # What the run counted itself goes before.
-  assert forwards(extra={"compute/cumulative": 35.0}) == 35
+  assert payload.columns(rows, 1)["step"] == list(range(1, 24))
 
 
 def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
@@ -429,7 +413,7 @@ def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
     "".join(json.dumps({"target": x, "estimate": y}) + "\n" for x, y in points)
     + '{"target": 1}\nnot json\n'
   )
-  found = report.scatter(report_runs.read_run(folder))
+  found = payload.scatter(report_runs.read_run(folder))
   assert [entry["step"] for entry in found] == [1, 20, 40]
   slope, intercept = np.polyfit(*points.T, 1)
   assert found[-1]["slope"] == pytest.approx(slope, rel=1e-4)
@@ -441,9 +425,19 @@ def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
   assert 200 <= len(found[-1]["points"]) <= 400
 
 
+def test_compute_is_what_the_run_counted_and_lasts_between_steps(tmp_path):
+  folder = write_run(tmp_path / "run", steps=3)
+  with (folder / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 4, "eval/accuracy": 0.5}\n')
+  rows = report_runs.with_compute(report_runs.read_run(folder))
+  counted = [row["x/forwards"] for row in rows]
+  assert counted == [0, 512, 1024, 1536, 1536]
+  assert [row["x/seconds"] for row in rows] == [0, 20, 21, 22, 22]
+
+
 def test_time_is_split_without_the_step_that_compiles(tmp_path):
   run = report_runs.read_run(write_run(tmp_path / "run"))
-  assert report.phases(run) == {
+  assert payload.phases(run) == {
     "rollout": 0.5,
     "reward": 0.01,
     "score": 0.1,
@@ -460,7 +454,7 @@ def test_pairs_show_changed_verdicts_first_and_cut_long_texts(tmp_path):
   for row in rows:
     row["completion"] += "x" * 5000
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  found = report.pairs(report_runs.read_run(folder), 5)["greedy"]
+  found = payload.pairs(report_runs.read_run(folder), 5)["greedy"]
   assert len(found) == 5
   assert (found[0]["before"]["correct"], found[0]["after"]["correct"]) == (
     False,

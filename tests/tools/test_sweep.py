@@ -19,7 +19,7 @@ import time
 import pytest
 
 from rspo_jax.config import identity, load
-from rspo_jax.tools import sweep
+from rspo_jax.tools.sweep import jobs, runner, scripts, sweep
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -83,7 +83,7 @@ def place(tmp_path, monkeypatch):
   """Folder with config.py and the stand-in for the trainer, in use."""
   (tmp_path / "config.py").write_text(CONFIG)
   (tmp_path / "trainer.py").write_text(TRAINER)
-  monkeypatch.setattr(sweep, "TRAINER", (str(tmp_path / "trainer.py"),))
+  monkeypatch.setattr(jobs, "TRAINER", (str(tmp_path / "trainer.py"),))
   monkeypatch.setenv("REPOSITORY", str(ROOT))
   monkeypatch.setenv("CURE", str(tmp_path / "cure"))
   # The config file does as the real ones: `from configs import base`.
@@ -106,8 +106,8 @@ def in_background(place, *words):
     textwrap.dedent(f"""
       import sys
       sys.path.insert(0, {str(ROOT)!r})
-      from rspo_jax import sweep
-      sweep.TRAINER = ({str(place / "trainer.py")!r},)
+      from rspo_jax.tools.sweep import jobs, sweep
+      jobs.TRAINER = ({str(place / "trainer.py")!r},)
       sys.exit(sweep.main())
     """)
   )
@@ -264,7 +264,7 @@ def test_a_signal_lets_the_runs_save_and_the_same_command_goes_on(
 def test_two_sweeps_do_not_work_in_one_folder(place):
   out = place / "out"
   out.mkdir()
-  with sweep.locked(out):
+  with runner.locked(out):
     code, _, err = call(f"--config={place}/config.py", f"--out={out}")
   assert code == 2
   assert "another sweep works there" in err
@@ -349,7 +349,7 @@ def test_xpk_workload_names_are_valid_and_different(tmp_path):
   entry = "A_very_long_name.of_an_entry_that_Kubernetes=refuses"
   names = set()
   for seed in (1, 2, 13):
-    job = sweep.Job(
+    job = jobs.Job(
       name=f"{entry}-seed{seed}",
       entry=entry,
       seed=seed,
@@ -360,7 +360,7 @@ def test_xpk_workload_names_are_valid_and_different(tmp_path):
     )
     line = next(
       line
-      for line in sweep.commands([job], "xpk", "")
+      for line in scripts.commands([job], "xpk", "")
       if line.startswith("xpk workload create")
     )
     words = shlex.split(line)
@@ -376,8 +376,8 @@ def test_xpk_workload_names_are_valid_and_different(tmp_path):
 def test_the_ablation_of_a_task_resolves(task, monkeypatch):
   monkeypatch.chdir(ROOT)
   monkeypatch.syspath_prepend(str(ROOT))
-  jobs, _ = sweep.plan(f"configs/{task}.py", pathlib.Path("runs/none"))
-  entries = {job.entry: job.config for job in jobs}
+  planned, _ = jobs.plan(f"configs/{task}.py", pathlib.Path("runs/none"))
+  entries = {job.entry: job.config for job in planned}
   base = identity.flat(entries["rspo"])
   base.pop("run.seed")
   assert entries["lambda_0"]["objective"]["lambda_"] == 0
@@ -387,15 +387,15 @@ def test_the_ablation_of_a_task_resolves(task, monkeypatch):
     other = identity.flat(config)
     changed = {key for key, value in base.items() if other[key] != value}
     assert changed or name == "rspo", f"{name} changes nothing"
-  assert len({job.seed for job in jobs}) >= 3
+  assert len({job.seed for job in planned}) >= 3
 
 
 def test_the_same_config_under_two_names_runs_once(place):
   (place / "config.py").write_text(
     CONFIG.replace("0.0", "0.01")  # what configs/base.py says
   )
-  jobs, notes = sweep.plan(f"{place}/config.py", place / "out")
-  assert [job.name for job in jobs] == ["plain-seed0", "plain-seed1"]
+  planned, notes = jobs.plan(f"{place}/config.py", place / "out")
+  assert [job.name for job in planned] == ["plain-seed0", "plain-seed1"]
   assert notes == ["zero has the config of plain, whose runs serve both."]
 
 
@@ -460,7 +460,7 @@ def test_an_entry_that_cannot_be_is_refused_by_name(place, entry, message):
     CONFIG.split("def sweep")[0] + f"def sweep():\n  return [{entry!r}]\n"
   )
   with pytest.raises(ValueError) as caught:
-    sweep.plan(f"{place}/bad.py", place / "out")
+    jobs.plan(f"{place}/bad.py", place / "out")
   assert message in str(caught.value)
 
 
@@ -507,7 +507,7 @@ def test_a_damaged_manifest_is_named_with_its_remedy(place):
   ("body", "message"),
   [
     ("1 / 0\ndef sweep():\n  return []\n", "ZeroDivisionError"),
-    ("def sweep():\n  raise KeyError('gone')\n", "sweep() of"),
+    ("def sweep():\n  raise KeyError('gone')\n", "KeyError: 'gone' (line "),
   ],
 )
 def test_whatever_a_config_file_does_is_a_message(place, body, message):
