@@ -15,9 +15,9 @@ from rspo_jax.config import identity, load
 from rspo_jax.planning import plan
 from rspo_jax.reporting import trackers
 from rspo_jax.run import rules
-from rspo_jax.tools.sweep import sweep
 from rspo_jax.tools.demo import demo
 from rspo_jax.tools.report import report
+from rspo_jax.tools.sweep import sweep
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])

@@ -18,6 +18,7 @@ from typing import Any
 import ml_collections
 
 from rspo_jax.config import cli, identity, names
+from rspo_jax.config.cli import Option
 
 MODES = ("train", "eval")
 
@@ -27,24 +28,24 @@ INSTALLED = pathlib.Path(sys.prefix) / "share" / "rspo_jax"
 # A group whose keys depend on the task: any name, checked when it is known.
 _OPEN_GROUP = "task.reward_weights."
 
+CONFIG = Option(
+  "--config=FILE[:ARG,...]",
+  "config file; ARGs are listed in its docstring",
+  example="configs/countdown.py",
+)
 PARSER = cli.Parser(
   "python -m rspo_jax.main --config=FILE[:ARG,...] [options]",
   [
-    cli.Option(
-      "--config=FILE[:ARG,...]",
-      "config file, such as configs/countdown.py; ARGs are listed in its "
-      "docstring",
-      example="configs/countdown.py",
-    ),
-    cli.Option(cli.OVERRIDE, "override of one key (docs/configs.md)"),
-    cli.Option(
+    CONFIG,
+    Option(cli.OVERRIDE, "override of one key (docs/configs.md)"),
+    Option(
       "--workdir=DIR",
       "where the run is kept; the same DIR goes on (default: "
       "runs/<config>-<hash of the config>)",
     ),
-    cli.Option(
-      "--mode=train|eval",
-      "train, or evaluate model.path or DIR's last checkpoint on eval.split",
+    Option(
+      "--mode=MODE",
+      "a run, or an evaluation of model.path or DIR's last checkpoint",
       "train",
       choices=MODES,
     ),

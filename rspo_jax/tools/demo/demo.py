@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rspo_jax.config import cli
+from rspo_jax.config.cli import Option
 from rspo_jax.run import rules
 from rspo_jax.tools.demo.session import TASKS, Session
 
@@ -26,55 +27,32 @@ _WISHES = ("length", "block", "steps", "temperature", "cache", "threshold")
 PARSER = cli.Parser(
   "python -m rspo_jax.demo [options]",
   [
-    cli.Option(
+    Option(
       "--model=PATH",
-      "checkpoint folder, or embedded:countdown (default) or embedded:sudoku",
+      "checkpoint folder, or embedded:countdown or embedded:sudoku",
       "embedded:countdown",
     ),
-    cli.Option(
-      "--prompt=TEXT",
-      "answer this and end; else prompts are read one by one",
-      None,
-    ),
-    cli.Option(
+    Option("--prompt=TEXT", "answered; else prompts are read one by one", None),
+    Option(
       "--task=NAME",
-      "countdown | sudoku | none: whose prompts are understood and judged "
-      "(default: the model's own)",
+      "whose prompts are understood and judged; the model's own without it",
       choices=("none", *TASKS),
     ),
-    cli.Option("--length=L", "tokens of a completion", None, int),
-    cli.Option("--block=N", "tokens of a block", None, int),
-    cli.Option("--steps=T", "forwards of all blocks", None, int),
-    cli.Option(
-      "--temperature=X", "of the tokens; 0 is greedy (default)", None, float
-    ),
-    cli.Option("--cache=NAME", "none | prefix | dual", None),
-    cli.Option(
-      "--threshold=P", "commit every position at least this sure", None, float
-    ),
-    cli.Option("--seed=N", "of the draws", 0, int, least=0, most=2**31 - 1),
-    cli.Option(
-      "--pause=SECONDS",
-      "least time between two forwards (default 0.15)",
-      0.15,
-      float,
-      least=0,
-      most=60,
-    ),
-    cli.Option(
+    Option("--length=L", "tokens of a completion", None, int),
+    Option("--block=N", "tokens of a block", None, int),
+    Option("--steps=T", "forwards of all blocks", None, int),
+    Option("--temperature=X", "of the tokens; 0 is greedy", 0.0, float),
+    Option("--cache=NAME", "none | prefix | dual", "none"),
+    Option("--threshold=P", "commits what is at least this sure", None, float),
+    Option("--seed=N", "of the draws", 0, int, 0, 2**31 - 1),
+    Option("--pause=S", "seconds between two forwards", 0.15, float, 0, 60),
+    Option(
       "--dtype=NAME",
-      "float32 | bfloat16 (default: float32 for small models)",
+      "of the parameters; float32 for small models without it",
       choices=("float32", "bfloat16"),
     ),
-    cli.Option("--web", "serve a page on this machine instead"),
-    cli.Option(
-      "--port=N",
-      "of the page (default 8000; 0: any free one)",
-      8000,
-      int,
-      least=0,
-      most=65535,
-    ),
+    Option("--web", "serve a page on this machine instead"),
+    Option("--port=N", "of the page; 0: any free one", 8000, int, 0, 65535),
   ],
   "exit status: 0 done, 2 mistake in the command.",
 )

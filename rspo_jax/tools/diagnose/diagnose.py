@@ -25,35 +25,28 @@ import sys
 from collections.abc import Sequence
 
 from rspo_jax.config import cli, identity, load, schema
+from rspo_jax.config.cli import Option
 
 PARSER = cli.Parser(
   "python -m rspo_jax.diagnose --config=FILE[:ARG,...] [options]",
   [
-    cli.Option(
-      "--config=FILE[:ARG,...]",
-      "config file, as for a run",
-      example="configs/countdown.py",
-    ),
-    cli.Option(cli.OVERRIDE, "override of one key"),
-    cli.Option(
-      "--out=DIR", "where diagnose.json and the plot go (diagnose/)", "diagnose"
-    ),
-    cli.Option(
+    load.CONFIG,
+    Option(cli.OVERRIDE, "override of one key"),
+    Option("--out=DIR", "where diagnose.json and the plot go", "diagnose"),
+    Option(
       "--policy=FOLDER",
       "policy in the Hugging Face layout (a run's model/); without it the "
       "config is trained for --steps",
     ),
-    cli.Option("--steps=20", "updates of that training", 20, int, least=1),
-    cli.Option(
-      "--forwards=2,4", "forward passes an estimate, one table each", "2,4"
-    ),
-    cli.Option(
+    Option("--steps=N", "updates of that training", 20, int, 1),
+    Option("--forwards=N,N", "passes an estimate, a table each", "2,4"),
+    Option(
       "--schemes=a,b",
-      "those alone, beside uniform (default: all); gradients are measured for "
-      "uniform, complementary and the config's",
+      "those alone, beside uniform; gradients are measured for uniform, "
+      "complementary and the config's",
     ),
-    cli.Option("--sequences=64", "completions", 64, int, least=1),
-    cli.Option("--repeats=64", "estimates of each", 64, int, least=1),
+    Option("--sequences=N", "completions", 64, int, 1),
+    Option("--repeats=N", "estimates of each", 64, int, 1),
   ],
   "exit status: 0 done, 2 mistake in the command.",
 )

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rspo_jax.config import cli
+from rspo_jax.config.cli import Option
 from rspo_jax.tools.report.payload import payload
 from rspo_jax.tools.report.runs import (
   Group,
@@ -34,9 +35,9 @@ _ASSETS = pathlib.Path(__file__).parent / "assets"
 PARSER = cli.Parser(
   "python launch/report.py DIR [DIR ...] --out=report.html [options]",
   [
-    cli.Option("DIR", "folder of a run or of a sweep"),
-    cli.Option("--out=FILE", "the page (default report.html)", "report.html"),
-    cli.Option("--title=TEXT", "its heading"),
+    Option("DIR", "folder of a run or of a sweep"),
+    Option("--out=FILE", "the page", "report.html"),
+    Option("--title=TEXT", "its heading"),
   ],
   "exit status: 0 done, 2 mistake in the command, 3 the page could not be "
   "written.",

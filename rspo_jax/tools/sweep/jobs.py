@@ -1,7 +1,6 @@
 """The runs of a sweep: each with its folder, its command and its config."""
 
 import dataclasses
-import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -53,7 +52,7 @@ class Job:
   @property
   def begun(self) -> bool:
     """Whether the run left something to continue from."""
-    return (self.workdir / "config.json").exists()
+    return (self.workdir / identity.CONFIG).exists()
 
 
 def plan(
@@ -121,24 +120,10 @@ def plan(
         )
       )
   for job in jobs:
-    _check_folder(job)
+    before = identity.read_config(job.workdir)
+    if before is not None and not job.config["run"]["accept_changes"]:
+      identity.check_same_run(before, job.config, str(job.workdir))
   return jobs, notes
-
-
-def _check_folder(job: Job) -> None:
-  """Refuses a folder whose run is another one than the sweep would start."""
-  if not job.begun:
-    return
-  path = job.workdir / "config.json"
-  try:
-    before = json.loads(path.read_text(encoding="utf-8"))
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f"{path} cannot be read ({error}); remove {job.workdir} to start that "
-      "run anew, or choose another --out."
-    ) from error
-  if not job.config["run"]["accept_changes"]:
-    identity.check_same_run(before, job.config, str(job.workdir))
 
 
 def select(jobs: Sequence[Job], text: str) -> list[Job]:

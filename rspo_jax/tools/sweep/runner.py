@@ -8,16 +8,15 @@ into the same folder.
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, TextIO
 
 from rspo_jax.storage import locks
 from rspo_jax.tools.sweep.jobs import ROOT, Job
@@ -32,6 +31,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 class Manifest:
   """`sweep.json`: how each run of the sweep stands, rewritten at each change.
+
+  A status is pending, running, done, failed or interrupted.
 
   Raises:
     ValueError: the folder holds the sweep of another config.
@@ -82,10 +83,6 @@ class Manifest:
     self.data["runs"][job.name] |= values
     self.write()
 
-  def status(self, job: Job) -> str:
-    """pending | running | done | failed | interrupted."""
-    return self.data["runs"][job.name]["status"]
-
   def write(self) -> None:
     """Replaces the file as a whole: a kill leaves the old or the new one."""
     beside = self.path.with_name(f".{MANIFEST}.{os.getpid()}")
@@ -111,24 +108,18 @@ class _Child:
   log_start: int
 
 
-class _Signals:
-  """While entered, signals are counted: each asks the sweep to stop."""
-
-  def __init__(self):
-    self.asked = 0
-    self._old: dict[int, Any] = {}
-
-  def _handle(self, number, frame):
-    del number, frame
-    self.asked += 1
-
-  def __enter__(self):
-    for number in _SIGNALS:
-      self._old[number] = signal.signal(number, self._handle)
-    return self
-
-  def __exit__(self, *_):
-    for number, handler in self._old.items():
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+  """Notes signals instead of ending: each asks the sweep to stop."""
+  asked: list[int] = []
+  before = {
+    number: signal.signal(number, lambda number, _: asked.append(number))
+    for number in _SIGNALS
+  }
+  try:
+    yield asked
+  finally:
+    for number, handler in before.items():
       signal.signal(number, handler)
 
 
@@ -227,28 +218,25 @@ def _accuracy(job: Job) -> str:
     return ""
 
 
+# Prints a line at once.
+say = functools.partial(print, flush=True)
+
+
 class _Runner:
   """The runs under way and what is said about them."""
 
-  def __init__(self, jobs, manifest: Manifest, parallel: int, stream: TextIO):
-    self.jobs = jobs
-    self.manifest = manifest
-    self.parallel = parallel
-    self.stream = stream
+  def __init__(self, jobs, manifest: Manifest, parallel: int):
+    self.jobs, self.manifest, self.parallel = jobs, manifest, parallel
     self.waiting = [job for job in jobs if not job.finished]
     self.running: list[_Child] = []
     self.held: set[str] = set()  # an earlier process of theirs lived
     self.number = {job.name: index for index, job in enumerate(jobs, 1)}
 
-  def say(self, text: str) -> None:
-    """Prints a line at once."""
-    print(text, file=self.stream, flush=True)
-
   def about(self, job: Job, text: str) -> None:
     """Prints a line about a run."""
     total = str(len(self.jobs))
     number = str(self.number[job.name]).rjust(len(total))
-    self.say(f"[{number}/{total}] {job.name}: {text}")
+    say(f"[{number}/{total}] {job.name}: {text}")
 
   def fill(self) -> None:
     """Starts waiting runs where there is room.
@@ -303,54 +291,48 @@ class _Runner:
       child.process.terminate()
 
 
-def run(
-  jobs: Sequence[Job],
-  manifest: Manifest,
-  parallel: int = 1,
-  stream: TextIO | None = None,
-) -> int:
+def run(jobs: Sequence[Job], manifest: Manifest, parallel: int) -> int:
   """Runs what is not finished; returns the exit status.
 
   Args:
     jobs: in the order in which they start.
     manifest: takes note of every start and end.
     parallel: runs at a time.
-    stream: where to say how it goes; standard output by default.
 
   Returns:
     0 all done, 3 some failed, 75 told to stop or a run was interrupted.
   """
-  runner = _Runner(jobs, manifest, parallel, stream or sys.stdout)
+  runner = _Runner(jobs, manifest, parallel)
   skipped = len(jobs) - len(runner.waiting)
   if skipped:
-    runner.say(f"{skipped} of {len(jobs)} runs are finished.")
+    say(f"{skipped} of {len(jobs)} runs are finished.")
   manifest.write()
   passed_on = 0
-  with _Signals() as signals:
+  with _signals() as asked:
     try:
-      while runner.running or (runner.waiting and not signals.asked):
-        if signals.asked > passed_on:
-          passed_on = signals.asked
-          runner.say(f"Stopping; {len(runner.running)} run(s) save first.")
+      while runner.running or (runner.waiting and not asked):
+        if len(asked) > passed_on:
+          passed_on = len(asked)
+          say(f"Stopping; {len(runner.running)} run(s) save first.")
           runner.terminate()
-        elif not signals.asked:
+        elif not asked:
           runner.fill()
         time.sleep(_POLL_S)
-        runner.collect(bool(signals.asked))
+        runner.collect(bool(asked))
     except BaseException:
       # A full disk, say: nothing goes on unwatched.
       runner.terminate()
       for child in runner.running:
         child.process.wait()
       raise
-  return _conclude(jobs, manifest, bool(signals.asked), runner.say)
+  return _conclude(jobs, manifest, bool(asked))
 
 
-def _conclude(jobs, manifest: Manifest, stopped: bool, say) -> int:
+def _conclude(jobs, manifest: Manifest, stopped: bool) -> int:
   """Says how the sweep ended; returns the exit status."""
   by_status = collections.defaultdict(list)
   for job in jobs:
-    by_status[manifest.status(job)].append(job)
+    by_status[manifest.data["runs"][job.name]["status"]].append(job)
   counts = [f"{len(found)} {name}" for name, found in sorted(by_status.items())]
   say(f"{len(jobs)} runs: {', '.join(counts)}.")
   for job in by_status["failed"]:

@@ -16,7 +16,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rspo_jax.config import cli, identity
+from rspo_jax.config import cli, identity, load
+from rspo_jax.config.cli import Option
 from rspo_jax.storage import mirror
 from rspo_jax.tools.sweep import jobs as jobs_lib
 from rspo_jax.tools.sweep import runner, scripts
@@ -24,27 +25,23 @@ from rspo_jax.tools.sweep import runner, scripts
 PARSER = cli.Parser(
   "python launch/sweep.py --config=FILE[:ARG,...] --out=DIR [options]",
   [
-    cli.Option(
-      "--config=FILE[:ARG,...]",
-      "config file whose sweep() lists the runs",
-      example="configs/countdown.py",
-    ),
-    cli.Option(
+    load.CONFIG,
+    Option(
       "--out=DIR",
       "folder of the sweep; the same DIR goes on",
       example="runs/sweep",
     ),
-    cli.Option(cli.OVERRIDE, "override of one key in every run"),
-    cli.Option("--filter=TEXT", "only runs whose name contains TEXT"),
-    cli.Option("--jobs=N", "runs at a time (default 1)", 1, int, least=1),
-    cli.Option("--dry_run", "print the commands, write nothing"),
-    cli.Option(
-      "--launcher=local|slurm|xpk",
-      "slurm, xpk: print the job commands",
+    Option(cli.OVERRIDE, "override of one key in every run"),
+    Option("--filter=TEXT", "only runs whose name contains TEXT"),
+    Option("--jobs=N", "runs at a time", 1, int, 1),
+    Option("--dry_run", "print the commands, write nothing"),
+    Option(
+      "--launcher=NAME",
+      "runs here, or prints the job commands of the others",
       "local",
       choices=scripts.LAUNCHERS,
     ),
-    cli.Option("--launcher_args=TEXT", "added to each sbatch or xpk command"),
+    Option("--launcher_args=TEXT", "added to each sbatch or xpk command"),
   ],
   "exit status: 0 all done, 2 mistake in the command, 3 some runs failed "
   "(named at the end; the same command tries them again), 75 interrupted: run "
