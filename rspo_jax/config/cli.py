@@ -105,16 +105,6 @@ class Option:
     raise ValueError(f"{self.flag}={text} must be {what}.")
 
 
-class _Words(argparse.ArgumentParser):
-  """Splits a command line; raises where argparse would end the process."""
-
-  def error(self, message):
-    flag = message.removeprefix("argument ").partition(":")[0]
-    if "expected one argument" in message:
-      raise ValueError(f"{flag} needs a value; write {flag}=VALUE.")
-    raise ValueError(f"{message}; see --help.")
-
-
 class Parser:
   """The command line of one command: its usage, its options, its last words."""
 
@@ -151,13 +141,21 @@ class Parser:
       ValueError: one message with value and remedy.
     """
     rest, overrides = self._take_overrides(argv)
-    parser = _Words(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+      add_help=False, allow_abbrev=False, exit_on_error=False
+    )
     for option in self._named:
       action = "store" if "=" in option.form else "store_true"
       parser.add_argument(option.flag, action=action)
-    options, words = parser.parse_known_args(
-      [re.sub(r"^-(?=[a-z]\w)", "--", word) for word in rest]
-    )
+    try:
+      options, words = parser.parse_known_args(
+        [re.sub(r"^-(?=[a-z]\w)", "--", word) for word in rest]
+      )
+    except argparse.ArgumentError as error:
+      flag = error.argument_name
+      form = next(o.form for o in self._named if o.flag == flag)
+      what = "needs a value" if "=" in form else "takes no value"
+      raise ValueError(f"{flag} {what}; write {form}.") from None
     for word in words:
       if word.startswith("-"):
         known = [option.flag for option in self._named]

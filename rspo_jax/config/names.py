@@ -15,7 +15,7 @@ def nearest(
     at_least: likeness, in [0, 1].
   """
   name, known = str(name), list(known)
-  last = name.rpartition(".")[2]
+  last = name.lstrip("-").rpartition(".")[2]
   # Else a key without its group, or in the wrong one.
   return difflib.get_close_matches(name, known, 3, at_least) or [
     k for k in known if k.rpartition(".")[2] == last

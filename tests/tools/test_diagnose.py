@@ -79,9 +79,8 @@ def test_words_that_mean_nothing_are_refused(word, message):
 def test_an_adapter_is_refused_before_anything_is_trained(
   tiny, tmp_path, capsys
 ):
-  words = words_of(tiny)
-  words += [f"--out={tmp_path / 'out'}", "--config.lora.rank=4", "--steps=1"]
-  assert diagnose.main(words) == 2
+  more = [f"--out={tmp_path / 'out'}", "--config.lora.rank=4", "--steps=1"]
+  assert diagnose.main(words_of(tiny) + more) == 2
   assert "lora.rank=4" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
@@ -91,9 +90,7 @@ def test_a_link_that_leads_nowhere_is_refused_as_a_folder(
 ):
   link = tmp_path / "link"
   link.symlink_to(tmp_path / "gone")
-  words = words_of(tiny)
-  words += [f"--out={link}", "--sequences=4"]
-  assert diagnose.main(words) == 2
+  assert diagnose.main([*words_of(tiny), f"--out={link}"]) == 2
   said = capsys.readouterr().err
   assert f"{link} is a symbolic link" in said and "remove the link" in said
 
