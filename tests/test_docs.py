@@ -74,17 +74,17 @@ def check(words, monkeypatch):
     if module == "rspo_jax.main":
       check_main(rest)
     elif module == "rspo_jax.tools.demo.demo":
-      demo.parse(rest)
+      demo.PARSER.read(rest)
     elif module == "rspo_jax.tools.report.report":
-      report.parse(rest)
+      report.PARSER.read(rest)
   elif program == "python":
     name, rest = rest[0], rest[1:]
     if name == "-c":
       compile(rest[0], "docs", "exec")
     elif (ROOT / name).exists():
       parse = {
-        "launch/report.py": report.parse,
-        "launch/sweep.py": sweep.parse,
+        "launch/report.py": report.PARSER.read,
+        "launch/sweep.py": sweep.PARSER.read,
         "launch/plan.py": plan.parse,
       }.get(name)
       if parse:

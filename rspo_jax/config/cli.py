@@ -5,9 +5,8 @@
       [Option("--seed=N", "of the draws", 0, int, 0)],
       "exit status: 0 done, 2 mistake in the command.",
     )
-    if PARSER.wants_help(argv):
-      return DONE
-    options = PARSER.read(argv)
+    def main(argv=None):
+      return PARSER.run(act, argv)  # act: options -> exit status
 
 An option's value may be a word of its own (`--seed 3`), one dash is as good as
 two, and the last of several counts.
@@ -19,12 +18,12 @@ import math
 import re
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rspo_jax.config import names, schema
 
-DONE, MISTAKE = 0, 2
+DONE, MISTAKE, INTERRUPTED = 0, 2, 130
 # The form of the option that stands for every key of the config.
 OVERRIDE = "--config.GROUP.KEY=VALUE"
 _HELP = ("--help", "-h", "-help", "--helpfull")
@@ -105,19 +104,21 @@ class Option:
     raise ValueError(f"{self.flag}={text} must be {what}.")
 
 
+@dataclasses.dataclass(frozen=True)
 class Parser:
-  """The command line of one command: its usage, its options, its last words."""
+  """The command line of one command.
 
-  def __init__(self, usage: str, options: Sequence[Option], end: str):
-    self.usage, self.options, self.end = usage, options, end
-    forms = {option.form for option in options}
-    self._overrides = OVERRIDE in forms
-    self._takes_words = any(not form.startswith("-") for form in forms)
-    self._named = [
-      option
-      for option in options
-      if option.form.startswith("--") and option.form != OVERRIDE
-    ]
+  Attributes:
+    usage: first line of the help.
+    options: in the order of the help.
+    end: last words of the help.
+    check: raises a ValueError where options do not go together.
+  """
+
+  usage: str
+  options: Sequence[Option]
+  end: str
+  check: Callable[[argparse.Namespace], None] = lambda options: None
 
   def wants_help(self, argv: Sequence[str]) -> bool:
     """Prints the help where a command line asks for it, and says so."""
@@ -140,11 +141,15 @@ class Parser:
     Raises:
       ValueError: one message with value and remedy.
     """
-    rest, overrides = self._take_overrides(argv)
+    takes_overrides = any(o.form == OVERRIDE for o in self.options)
+    rest, overrides = argv, {}
+    if takes_overrides:
+      rest, overrides = _take_overrides(argv)
+    named = [o for o in self.options if o.form[0] == "-" and o.form != OVERRIDE]
     parser = argparse.ArgumentParser(
       add_help=False, allow_abbrev=False, exit_on_error=False
     )
-    for option in self._named:
+    for option in named:
       action = "store" if "=" in option.form else "store_true"
       parser.add_argument(option.flag, action=action)
     try:
@@ -153,41 +158,68 @@ class Parser:
       )
     except argparse.ArgumentError as error:
       flag = error.argument_name
-      form = next(o.form for o in self._named if o.flag == flag)
+      form = next(option.form for option in named if option.flag == flag)
       what = "needs a value" if "=" in form else "takes no value"
       raise ValueError(f"{flag} {what}; write {form}.") from None
     for word in words:
       if word.startswith("-"):
-        known = [option.flag for option in self._named]
-        if self._overrides:
+        known = [option.flag for option in named]
+        if takes_overrides:
           known += [f"--config.{name}" for name, _, _ in schema.walk()]
         near = names.did_you_mean(word.partition("=")[0], known, str)
         raise ValueError(f"{word} is not an option; {near}see --help.")
-      if not self._takes_words:
-        raise ValueError(f"{word!r} is not an option; options start with --.")
-    for option in self._named:
+    places = [o for o in self.options if o.form[0] != "-"]
+    if words and not places:
+      raise ValueError(f"{words[0]!r} is not an option; options start with --.")
+    for place in places:
+      if place.example and not words:
+        raise ValueError(f"{place.form} is missing; try {place.example}.")
+    for option in named:
       name = option.flag.removeprefix("--")
       if "=" in option.form:
         setattr(options, name, option.value(getattr(options, name)))
     options.words, options.overrides = words, overrides
+    self.check(options)
     return options
 
-  def _take_overrides(self, argv) -> tuple[list[str], dict[str, str]]:
-    """(other words, text by key of the config) of a command line."""
-    rest, overrides, words = [], {}, iter(argv)
-    for word in words:
-      found = re.match(r"--?config\.([^=]*)(=?)", word)
-      if not (found and self._overrides):
-        rest.append(word)
-        continue
-      key, equals = found.groups()
-      value = word[found.end() :] if equals else next(words, "--")
-      if not equals and value.startswith("--"):
-        raise ValueError(
-          f"--config.{key} needs a value; write --config.{key}=VALUE."
-        )
-      overrides[key] = value
-    return rest, overrides
+  def run(
+    self,
+    act: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None = None,
+  ) -> int:
+    """Runs a command; returns its exit status.
+
+    Args:
+      act: takes the options, returns the exit status; what it raises of
+        ValueError and OSError is a mistake in the command.
+      argv: words without the program's name; those of the process by default.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if self.wants_help(argv):
+      return DONE
+    try:
+      return act(self.read(argv))
+    except (ValueError, OSError) as error:
+      return mistake(error)
+    except KeyboardInterrupt:
+      print()
+      return INTERRUPTED
+
+
+def _take_overrides(argv) -> tuple[list[str], dict[str, str]]:
+  """(other words, text by key of the config) of a command line."""
+  rest, overrides, words = [], {}, iter(argv)
+  for word in words:
+    if not (found := re.match(r"--?config\.([^=]*)(=?)", word)):
+      rest.append(word)
+      continue
+    key, equals = found.groups()
+    value = word[found.end() :] if equals else next(words, "--")
+    if not equals and value.startswith("--"):
+      flag = f"--config.{key}"
+      raise ValueError(f"{flag} needs a value; write {flag}=VALUE.")
+    overrides[key] = value
+  return rest, overrides
 
 
 def mistake(error: Exception | str) -> int:

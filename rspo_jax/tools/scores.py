@@ -8,26 +8,20 @@ from rspo_jax.reporting import tables
 
 PARSER = cli.Parser(
   "python -m rspo_jax.scores DIR [DIR ...]",
-  [cli.Option("DIR", "folder of a run or of evaluations (their *.json)")],
+  [cli.Option("DIR", "folder of a run or of its eval/", example="runs/mine")],
   "exit status: 0 done, 2 mistake in the command.",
 )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Prints the table of the folders named; returns the exit status."""
-  argv = sys.argv[1:] if argv is None else argv
-  if PARSER.wants_help(argv):
-    return cli.DONE
-  try:
-    folders = PARSER.read(argv).words
-    if not folders:
-      raise ValueError(
-        "no folder is given; try python -m rspo_jax.scores runs."
-      )
-    print(tables.markdown(tables.table(tables.read(folders))))
-  except ValueError as error:
-    return cli.mistake(error)
+def _print(options) -> int:
+  """Prints the table of the folders named."""
+  print(tables.markdown(tables.table(tables.read(options.words))))
   return cli.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns the exit status."""
+  return PARSER.run(_print, argv)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def words_of(tiny):
 )
 def test_words_that_mean_nothing_are_refused(word, message):
   with pytest.raises(ValueError, match=message):
-    diagnose.parse(["--config=c", word])
+    diagnose.PARSER.read(["--config=c", word])
 
 
 def test_an_adapter_is_refused_before_anything_is_trained(

@@ -523,7 +523,7 @@ def test_a_damaged_run_is_left_out_and_named(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("words", "message"),
   [
-    ([], "no folder is given"),
+    ([], "DIR is missing; try runs."),
     (["nowhere"], "is not a folder"),
     (["nothing"], "holds no run"),
     (["run", "--out=nothing"], "is a folder"),

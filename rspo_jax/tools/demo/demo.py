@@ -19,7 +19,6 @@ from rspo_jax.config.cli import Option
 from rspo_jax.run import rules
 from rspo_jax.tools.demo.session import TASKS, Session
 
-INTERRUPTED = 130
 _HIDDEN = "\u25af"
 # Those that are of the sampler.
 _WISHES = ("length", "block", "steps", "temperature", "cache", "threshold")
@@ -56,7 +55,6 @@ PARSER = cli.Parser(
   ],
   "exit status: 0 done, 2 mistake in the command.",
 )
-parse = PARSER.read
 
 
 def _line(pieces: Sequence[str | None]) -> str:
@@ -175,13 +173,4 @@ def _answer(options) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
-  argv = sys.argv[1:] if argv is None else argv
-  if PARSER.wants_help(argv):
-    return cli.DONE
-  try:
-    return _answer(PARSER.read(argv))
-  except (ValueError, OSError) as error:
-    return cli.mistake(error)
-  except KeyboardInterrupt:
-    print()
-    return INTERRUPTED
+  return PARSER.run(_answer, argv)

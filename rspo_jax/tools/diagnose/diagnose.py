@@ -27,6 +27,25 @@ from collections.abc import Sequence
 from rspo_jax.config import cli, identity, load, schema
 from rspo_jax.config.cli import Option
 
+
+def _read(options) -> None:
+  """Reads the lists of --forwards and --schemes."""
+  from rspo_jax.algorithm import likelihood
+
+  forwards = options.forwards.split(",")
+  for text in forwards:
+    if not text.isdecimal() or int(text) < 1:
+      raise ValueError(
+        f"--forwards={text} must be a whole number from 1 on, or several with "
+        "commas."
+      )
+  options.forwards = [int(text) for text in forwards]
+  wanted = options.schemes.split(",") if options.schemes else []
+  for name in wanted:
+    schema.one_of("--schemes", name, likelihood.ESTIMATORS)
+  options.schemes = ["uniform", *(wanted or likelihood.ESTIMATORS)]
+
+
 PARSER = cli.Parser(
   "python -m rspo_jax.diagnose --config=FILE[:ARG,...] [options]",
   [
@@ -49,31 +68,8 @@ PARSER = cli.Parser(
     Option("--repeats=N", "estimates of each", 64, int, 1),
   ],
   "exit status: 0 done, 2 mistake in the command.",
+  _read,
 )
-
-
-def parse(argv: Sequence[str]):
-  """Options of a command line, without the program's name.
-
-  Raises:
-    ValueError: names value and remedy.
-  """
-  from rspo_jax.algorithm import likelihood
-
-  options = PARSER.read(argv)
-  forwards = options.forwards.split(",")
-  for text in forwards:
-    if not text.isdecimal() or int(text) < 1:
-      raise ValueError(
-        f"--forwards={text} must be a whole number from 1 on, or several with "
-        "commas."
-      )
-  options.forwards = [int(text) for text in forwards]
-  wanted = options.schemes.split(",") if options.schemes else []
-  for name in wanted:
-    schema.one_of("--schemes", name, likelihood.ESTIMATORS)
-  options.schemes = ["uniform", *(wanted or likelihood.ESTIMATORS)]
-  return options
 
 
 def table(result: dict) -> str:
@@ -182,7 +178,7 @@ def _check(config, settings, options) -> None:
     )
 
 
-def _diagnose(options) -> None:
+def _diagnose(options) -> int:
   """Measures, prints and writes what the options ask for."""
   import jax
 
@@ -214,15 +210,10 @@ def _diagnose(options) -> None:
     print(f"In {out}: diagnose.json, diagnose.png.")
   else:
     print(f"In {out}: diagnose.json (pip install matplotlib for the plot).")
+  return cli.DONE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   argv = sys.argv[1:] if argv is None else argv
-  if PARSER.wants_help(argv or ["--help"]):
-    return cli.DONE
-  try:
-    _diagnose(parse(argv))
-  except (ValueError, OSError) as error:
-    return cli.mistake(error)
-  return cli.DONE
+  return PARSER.run(_diagnose, argv or ["--help"])

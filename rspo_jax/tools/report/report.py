@@ -32,15 +32,33 @@ FAULT = 3
 
 _ASSETS = pathlib.Path(__file__).parent / "assets"
 
+
+def _check(options) -> None:
+  """Refuses a page that cannot be written."""
+  out = pathlib.Path(options.out)
+  if out.is_dir():
+    raise ValueError(
+      f"--out={out} is a folder; name a file, such as {out / 'report.html'}."
+    )
+  if not out.absolute().parent.is_dir() or not os.access(
+    out.absolute().parent, os.W_OK
+  ):
+    raise ValueError(
+      f"--out={out} cannot be written: {out.absolute().parent} is not a "
+      "writable folder; choose another."
+    )
+
+
 PARSER = cli.Parser(
   "python launch/report.py DIR [DIR ...] --out=report.html [options]",
   [
-    Option("DIR", "folder of a run or of a sweep"),
+    Option("DIR", "folder of a run or of a sweep", example="runs"),
     Option("--out=FILE", "the page", "report.html"),
     Option("--title=TEXT", "its heading"),
   ],
   "exit status: 0 done, 2 mistake in the command, 3 the page could not be "
   "written.",
+  _check,
 )
 
 
@@ -108,42 +126,9 @@ def build(
   return groups, notes
 
 
-def parse(argv: Sequence[str]):
-  """Options of a command line, without the program's name.
-
-  Raises:
-    ValueError: one message with value and remedy.
-  """
-  options = PARSER.read(argv)
-  if not options.words:
-    raise ValueError(
-      "no folder is given; try: python launch/report.py runs --out=report.html"
-    )
-  out = pathlib.Path(options.out)
-  if out.is_dir():
-    raise ValueError(
-      f"--out={out} is a folder; name a file, such as {out / 'report.html'}."
-    )
-  if not out.absolute().parent.is_dir() or not os.access(
-    out.absolute().parent, os.W_OK
-  ):
-    raise ValueError(
-      f"--out={out} cannot be written: {out.absolute().parent} is not a "
-      "writable folder; choose another."
-    )
-  return options
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line; returns the exit status."""
-  argv = sys.argv[1:] if argv is None else argv
-  if PARSER.wants_help(argv):
-    return cli.DONE
-  try:
-    options = parse(argv)
-    groups, notes = build([pathlib.Path(word) for word in options.words])
-  except ValueError as error:
-    return cli.mistake(error)
+def _report(options) -> int:
+  """Writes the page of the folders named; returns the exit status."""
+  groups, notes = build([pathlib.Path(word) for word in options.words])
   for note in notes:
     print(f"warning: {note}", file=sys.stderr)
   tasks = dict.fromkeys(str(g.config.get("task.name", "")) for g in groups)
@@ -162,3 +147,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     f"{len(text.encode()) / 1e6:.2f} MB"
   )
   return cli.DONE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns the exit status."""
+  return PARSER.run(_report, argv)

@@ -13,7 +13,6 @@
 
 import os
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from rspo_jax.config import cli, identity, load
@@ -21,6 +20,15 @@ from rspo_jax.config.cli import Option
 from rspo_jax.storage import mirror
 from rspo_jax.tools.sweep import jobs as jobs_lib
 from rspo_jax.tools.sweep import runner, scripts
+
+
+def _check(options) -> None:
+  """Refuses options that do not go together."""
+  if options.launcher_args and options.launcher == "local":
+    raise ValueError(
+      "--launcher_args goes with --launcher=slurm or --launcher=xpk."
+    )
+
 
 PARSER = cli.Parser(
   "python launch/sweep.py --config=FILE[:ARG,...] --out=DIR [options]",
@@ -46,21 +54,8 @@ PARSER = cli.Parser(
   "exit status: 0 all done, 2 mistake in the command, 3 some runs failed "
   "(named at the end; the same command tries them again), 75 interrupted: run "
   "the same command to go on.",
+  _check,
 )
-
-
-def parse(argv: Sequence[str]):
-  """Options of a command line, without the program's name.
-
-  Raises:
-    ValueError: one message with value and remedy.
-  """
-  options = PARSER.read(argv)
-  if options.launcher_args and options.launcher == "local":
-    raise ValueError(
-      "--launcher_args goes with --launcher=slurm or --launcher=xpk."
-    )
-  return options
 
 
 def _check_out(out: pathlib.Path) -> None:
@@ -76,24 +71,6 @@ def _check_out(out: pathlib.Path) -> None:
       f"--out={out} cannot be written: {parent} is not a writable folder; "
       "choose another."
     )
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command line; returns the exit status."""
-  argv = sys.argv[1:] if argv is None else argv
-  if PARSER.wants_help(argv):
-    return cli.DONE
-  try:
-    return _sweep(parse(argv))
-  except ValueError as error:
-    return cli.mistake(error)
-  except OSError as error:
-    print(
-      f"error: {error}. Make room or make the folder writable, then run the "
-      "same command again.",
-      file=sys.stderr,
-    )
-    return runner.FAULT
 
 
 def _sweep(options) -> int:
@@ -121,3 +98,20 @@ def _sweep(options) -> int:
       print(note)
     manifest = runner.Manifest(out, options.config, every)
     return runner.run(jobs, manifest, options.jobs)
+
+
+def _guarded(options) -> int:
+  """`_sweep`, where a full disk is a fault and no mistake in the command."""
+  try:
+    return _sweep(options)
+  except OSError as error:
+    cli.mistake(
+      f"{error}. Make room or make the folder writable, then run the same "
+      "command again."
+    )
+    return runner.FAULT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command line; returns the exit status."""
+  return PARSER.run(_guarded, argv)
