@@ -142,25 +142,10 @@ class Parser:
       ValueError: one message with value and remedy.
     """
     takes_overrides = any(o.form == OVERRIDE for o in self.options)
-    rest, overrides = argv, {}
-    if takes_overrides:
-      rest, overrides = _take_overrides(argv)
+    rest, overrides = _overrides(argv) if takes_overrides else (argv, {})
+    places = [o for o in self.options if o.form[0] != "-"]
     named = [o for o in self.options if o.form[0] == "-" and o.form != OVERRIDE]
-    parser = argparse.ArgumentParser(
-      add_help=False, allow_abbrev=False, exit_on_error=False
-    )
-    for option in named:
-      action = "store" if "=" in option.form else "store_true"
-      parser.add_argument(option.flag, action=action)
-    try:
-      options, words = parser.parse_known_args(
-        [re.sub(r"^-(?=[a-z]\w)", "--", word) for word in rest]
-      )
-    except argparse.ArgumentError as error:
-      flag = error.argument_name
-      form = next(option.form for option in named if option.flag == flag)
-      what = "needs a value" if "=" in form else "takes no value"
-      raise ValueError(f"{flag} {what}; write {form}.") from None
+    options, words = _split(named, rest)
     for word in words:
       if word.startswith("-"):
         known = [option.flag for option in named]
@@ -168,15 +153,14 @@ class Parser:
           known += [f"--config.{name}" for name, _, _ in schema.walk()]
         near = names.did_you_mean(word.partition("=")[0], known, str)
         raise ValueError(f"{word} is not an option; {near}see --help.")
-    places = [o for o in self.options if o.form[0] != "-"]
-    if words and not places:
-      raise ValueError(f"{words[0]!r} is not an option; options start with --.")
+      if not places:
+        raise ValueError(f"{word!r} is not an option; options start with --.")
     for place in places:
       if place.example and not words:
         raise ValueError(f"{place.form} is missing; try {place.example}.")
     for option in named:
-      name = option.flag.removeprefix("--")
       if "=" in option.form:
+        name = option.flag.removeprefix("--")
         setattr(options, name, option.value(getattr(options, name)))
     options.words, options.overrides = words, overrides
     self.check(options)
@@ -206,7 +190,28 @@ class Parser:
       return INTERRUPTED
 
 
-def _take_overrides(argv) -> tuple[list[str], dict[str, str]]:
+def _split(
+  named: Sequence[Option], words: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+  """(texts of the options, other words) of a command line."""
+  parser = argparse.ArgumentParser(
+    add_help=False, allow_abbrev=False, exit_on_error=False
+  )
+  for option in named:
+    action = "store" if "=" in option.form else "store_true"
+    parser.add_argument(option.flag, action=action)
+  try:
+    return parser.parse_known_args(
+      [re.sub(r"^-(?=[a-z]\w)", "--", word) for word in words]
+    )
+  except argparse.ArgumentError as error:
+    flag = error.argument_name
+    form = next(option.form for option in named if option.flag == flag)
+    what = "needs a value" if "=" in form else "takes no value"
+    raise ValueError(f"{flag} {what}; write {form}.") from None
+
+
+def _overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
   """(other words, text by key of the config) of a command line."""
   rest, overrides, words = [], {}, iter(argv)
   for word in words:

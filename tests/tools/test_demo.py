@@ -107,8 +107,6 @@ def test_a_model_of_a_run_knows_its_task(tmp_path):
   [
     (["--model=nowhere"], "not a folder"),
     (["--model=embedded:sudoko"], "embedded:sudoku"),
-    (["--setps=3"], "did you mean --steps?"),
-    (["--steps=three"], "--steps=three must be a whole number"),
     (["--seed=-1"], "0 .. 2147483647"),
     (["--task=chess"], "countdown"),
     (["--length=100"], "between 1 and 63"),

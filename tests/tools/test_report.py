@@ -528,7 +528,6 @@ def test_a_damaged_run_is_left_out_and_named(tmp_path, capsys):
     (["nothing"], "holds no run"),
     (["run", "--out=nothing"], "is a folder"),
     (["run", "--out=nowhere/report.html"], "cannot be written"),
-    (["run", "--uot=x"], "did you mean --out?"),
     (["broken"], "no run could be read"),
   ],
 )

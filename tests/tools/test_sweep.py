@@ -387,9 +387,7 @@ def test_the_same_config_under_two_names_runs_once(place):
     (["--config=nowhere.py", "--out=o"], "nowhere.py is not a file"),
     (["--config=configs/base.py", "--out=o"], "has no sweep()"),
     (["--config=CONFIG", "--out=o", "--jobs=0"], "--jobs=0"),
-    (["--config=CONFIG", "--out=o", "--jobs=two"], "--jobs=two"),
     (["--config=CONFIG", "--out=o", "--launcher=lsf"], "slurm"),
-    (["--config=CONFIG", "--out=o", "--job=2"], "did you mean --jobs?"),
     (["--config=CONFIG", "--out=o", "--filter=ten"], "fits no run"),
     (
       ["--config=CONFIG", "--out=o", "--config.objective.lamda_=1"],
