@@ -88,7 +88,8 @@ def test_a_link_that_leads_nowhere_is_refused_as_a_folder(
 ):
   link = tmp_path / "link"
   link.symlink_to(tmp_path / "gone")
-  assert diagnose.main([*words_of(tiny), f"--out={link}"]) == 2
+  words = [*words_of(tiny), f"--out={link}", "--sequences=4"]
+  assert diagnose.main(words) == 2
   said = capsys.readouterr().err
   assert f"{link} is a symbolic link" in said and "remove the link" in said
 
