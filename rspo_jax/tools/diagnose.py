@@ -38,6 +38,7 @@ from rspo_jax.models import checkpoints, transformer
 from rspo_jax.run import data, rollout
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
+from rspo_jax.storage import files
 
 HELP = """usage: python -m rspo_jax.diagnose --config=FILE[:ARG,...] [options]
 
@@ -507,7 +508,7 @@ def run(argv: list[str]) -> int:
   except (ValueError, OSError) as error:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
-  (out / "diagnose.json").write_text(json.dumps(result, indent=2) + "\n")
+  files.write(out / "diagnose.json", json.dumps(result, indent=2) + "\n")
   print(table(result))
   if plot(result, out / "diagnose.png"):
     print(f"In {out}: diagnose.json, diagnose.png.")
