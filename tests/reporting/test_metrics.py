@@ -19,7 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rspo_jax.reporting import metrics
+from rspo_jax.reporting import terminal
 from rspo_jax.reporting.metrics import (
   MetricsError,
   MetricsWriter,
@@ -304,7 +304,7 @@ def test_tensorboard_gets_the_finite_values_and_forgets_steps_past_resume(
 def test_plain_lines_come_first_now_and_then_and_last(tmp_path, monkeypatch):
   stream = io.StringIO()
   clock = [100.0]
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
   with plain(tmp_path, 40, stream=stream) as writer:
     for step in range(41):
       clock[0] += 1.0
@@ -340,7 +340,7 @@ def test_a_run_that_stops_early_shows_its_last_step(tmp_path):
 def test_time_in_phases_does_not_count_as_the_steps(tmp_path, monkeypatch):
   stream = io.StringIO()
   clock = [0.0]
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
   with plain(tmp_path, 100, stream=stream) as writer:
     for step in range(3):
       with writer.phase("evaluating"), writer.phase("compiling"):
