@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from rspo_jax import main
 from rspo_jax.config import identity, load
-from rspo_jax.reporting import tables
 from rspo_jax.run import loop, settings
 from rspo_jax.run.runs import Run
+from rspo_jax.tools import scores
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SUDOKU = str(ROOT / "configs" / "sudoku.py")
@@ -691,7 +691,7 @@ def test_several_evaluations_are_one_command(tiny, tmp_path, capsys):
     assert line["eval/n"] == sum(row["n"] for row in line["by_difficulty"]) == 5
   # The table over all of them, on the terminal and from the files.
   assert "sampled, 95 %" in err
-  assert tables.main([str(folder)]) == 0
+  assert scores.main([str(folder)]) == 0
   table = capsys.readouterr().out.splitlines()
   assert len(table) == 2 + len(lines)
   header = [cell.strip() for cell in table[0].strip("|").split("|")]

@@ -1,14 +1,11 @@
 """Checkpoints: exact, damage found, earlier ones never harmed."""
 
-import contextlib
 import errno
 import json
 import os
 import pathlib
 import random
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -58,10 +55,6 @@ def make_state(step: int) -> State:
   return State(jnp.int32(step), params, moments)
 
 
-def host(tree):
-  return jax.tree.map(lambda leaf: np.array(leaf), tree)
-
-
 def assert_same_bits(tree, expected):
   assert jax.tree.structure(tree) == jax.tree.structure(expected)
   for leaf, other in zip(
@@ -86,48 +79,34 @@ def saved(tmp_path):
   return folder
 
 
-@contextlib.contextmanager
-def full_disk(limit_bytes: int):
-  """Lets no file of this process grow past a size, as a full disk would."""
-  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
-  try:
-    yield
-  finally:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    signal.signal(signal.SIGXFSZ, old)
+@pytest.fixture
+def no_room(monkeypatch):
+  """A disk that is full when the record is to be written."""
+
+  def refuse(path, content):
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+  monkeypatch.setattr(files, "write", refuse)
 
 
 # --- exactness ---
 
 
-def test_every_bit_comes_back(saved):
+@pytest.mark.parametrize(
+  "template",
+  [
+    lambda: make_state(0),
+    lambda: jax.eval_shape(lambda: make_state(0)),
+    lambda: lambda extra: make_state(extra["epoch"]),
+  ],
+  ids=["arrays", "shapes", "a function of what was saved beside it"],
+)
+def test_every_bit_comes_back(saved, template):
   with Checkpointer(saved) as keeper:
-    restored = keeper.restore(make_state(0))
+    restored = keeper.restore(template())
   assert restored.step == 7
   assert restored.extra == {"epoch": 7}
   assert restored.messages == []
-  assert_same_bits(restored.state, make_state(7))
-
-
-def test_a_template_may_depend_on_what_was_saved_beside_the_state(saved):
-  asked = []
-
-  def template(extra):
-    asked.append(extra)
-    return make_state(0)
-
-  with Checkpointer(saved) as keeper:
-    restored = keeper.restore(template)
-  assert asked == [{"epoch": 7}]
-  assert_same_bits(restored.state, make_state(7))
-
-
-def test_shapes_alone_are_a_template(saved):
-  shapes = jax.eval_shape(lambda: make_state(0))
-  with Checkpointer(saved) as keeper:
-    restored = keeper.restore(shapes)
   assert_same_bits(restored.state, make_state(7))
 
 
@@ -394,7 +373,7 @@ def test_a_full_disk_is_reported_and_harms_nothing(saved, capfd):
   before = {p: p.read_bytes() for p in files_of(saved)}
   state = {"large": jnp.arange(500_000.0)}
   with Checkpointer(saved) as keeper:
-    with full_disk(100_000), pytest.raises(CheckpointError) as caught:
+    with tiny_runs.full_disk(100_000), pytest.raises(CheckpointError) as caught:
       keeper.save(9, state, {})
       keeper.wait()
     assert str(saved / "step_00000009") in str(caught.value)
@@ -409,15 +388,9 @@ def test_a_full_disk_is_reported_and_harms_nothing(saved, capfd):
   assert capfd.readouterr() == ("", "")
 
 
-def test_a_disk_that_fills_up_before_the_record_harms_nothing(
-  saved, monkeypatch
-):
-  def no_room(path, data):
-    raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
+def test_a_disk_that_fills_up_before_the_record_harms_nothing(saved, no_room):
   before = {p: p.read_bytes() for p in files_of(saved)}
   keeper = Checkpointer(saved)
-  monkeypatch.setattr(files, "write", no_room)
   keeper.save(9, make_state(9), {})
   # The next call says it; the loop may be steps further.
   with pytest.raises(CheckpointError, match="No space left on device"):
@@ -436,13 +409,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     keeper.wait()
 
 
-def test_an_error_of_the_loop_is_not_hidden_by_one_of_the_save(
-  saved, monkeypatch
-):
-  def no_room(path, data):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-  monkeypatch.setattr(files, "write", no_room)
+def test_an_error_of_the_loop_is_not_hidden_by_one_of_the_save(saved, no_room):
   with pytest.raises(ZeroDivisionError), Checkpointer(saved) as keeper:
     keeper.save(9, make_state(9), {})
     raise ZeroDivisionError
@@ -634,4 +601,4 @@ def test_two_processes_save_and_choose_together(tmp_path):
   with Checkpointer(folder) as keeper:
     restored = keeper.restore(template)
   assert restored.step == 6
-  assert_same_bits(host(restored.state)["rows"], rows)
+  assert_same_bits(restored.state["rows"], rows)
