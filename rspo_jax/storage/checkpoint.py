@@ -185,9 +185,9 @@ class Checkpointer:
       path = self.folder / name
       record = commits.read(path)
       extra = record["extra"]
-      state = self._read_state(
-        path, record, template(extra) if callable(template) else template
-      )
+      if callable(template):
+        template = template(extra)
+      state = _read_state(self._orbax, path, record, template)
       return Restored(record["step"], state, extra, messages)
     if messages:
       raise CheckpointError(
@@ -290,35 +290,6 @@ class Checkpointer:
       if jax.process_index() == 0:
         commits.remove(path)
 
-  def _read_state(
-    self, path: epath.Path, record: dict[str, Any], template: Any
-  ) -> Any:
-    """Reads the arrays of a verified folder into the template's tree."""
-    leaves, treedef = _leaves_by_name(template)
-    _check_leaves(path, record["leaves"], _described(leaves))
-    stored = {k: leaf for k, leaf in leaves.items() if math.prod(leaf.shape)}
-    arrays = {}
-    if stored:
-      try:
-        arrays = self._orbax.restore(
-          path / "state",
-          args=ocp.args.PyTreeRestore(
-            item={name: 0 for name in stored},
-            restore_args=ocp.checkpoint_utils.construct_restore_args(
-              stored, {name: _sharding(leaf) for name, leaf in stored.items()}
-            ),
-          ),
-        )
-      except Exception as error:
-        raise CheckpointError(
-          f"Checkpoint {path} has the right bytes but could not be read: "
-          f"{_reason(error)}"
-        ) from error
-    return treedef.unflatten(
-      arrays[name] if name in arrays else _empty(leaf)
-      for name, leaf in leaves.items()
-    )
-
 
 class _Quiet(logging.Filter):
   """Drops what Orbax logs of a failed save: it is raised instead."""
@@ -333,6 +304,39 @@ def _unwritten(step: int, path: epath.Path, reason: str) -> CheckpointError:
     f"The checkpoint of step {step} could not be written to {path}: "
     f"{reason} Earlier checkpoints are unharmed. Make room or make the folder "
     "writable, then run the same command again."
+  )
+
+
+def _read_state(
+  orbax: ocp.AsyncCheckpointer,
+  path: epath.Path,
+  record: dict[str, Any],
+  template: Any,
+) -> Any:
+  """Reads the arrays of a verified folder into the template's tree."""
+  leaves, treedef = _leaves_by_name(template)
+  _check_leaves(path, record["leaves"], _described(leaves))
+  stored = {k: leaf for k, leaf in leaves.items() if math.prod(leaf.shape)}
+  arrays = {}
+  if stored:
+    try:
+      arrays = orbax.restore(
+        path / "state",
+        args=ocp.args.PyTreeRestore(
+          item={name: 0 for name in stored},
+          restore_args=ocp.checkpoint_utils.construct_restore_args(
+            stored, {name: _sharding(leaf) for name, leaf in stored.items()}
+          ),
+        ),
+      )
+    except Exception as error:
+      raise CheckpointError(
+        f"Checkpoint {path} has the right bytes but could not be read: "
+        f"{_reason(error)}"
+      ) from error
+  return treedef.unflatten(
+    arrays[name] if name in arrays else _empty(leaf)
+    for name, leaf in leaves.items()
   )
 
 

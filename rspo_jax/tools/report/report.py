@@ -23,7 +23,6 @@ import numpy as np
 
 from rspo_jax.config import cli as options_lib
 from rspo_jax.config import identity
-from rspo_jax.storage import files
 from rspo_jax.tools.report.runs import (
   FREE_KEYS,
   Group,
@@ -500,7 +499,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   title = options.title or f"rspo_jax: {', '.join(filter(None, tasks))}"
   text = page(payload(groups, notes), title)
   try:
-    files.write(options.out, text)
+    pathlib.Path(options.out).write_text(text, encoding="utf-8")
   except OSError as error:
     print(
       f"error: {error}. Make room or choose another --out.", file=sys.stderr
