@@ -14,94 +14,13 @@ import pytest
 import safetensors
 import safetensors.numpy
 import tokenizers
+from tiny_folders import DREAM, LLADA, tensors_of, write_folder
 
 from rspo_jax.models import checkpoints, families, transformer
 from rspo_jax.models.families import published
 from rspo_jax.models.tokenizer import build_word_tokenizer
 
 MODELS = ("llada_tiny_A", "llada_tiny_gqa", "llada_tiny_bf16", "dream_tiny")
-
-LLADA = {
-  "model_type": "llada",
-  "activation_type": "silu",
-  "alibi": False,
-  "attention_layer_norm": False,
-  "attention_layer_norm_with_affine": True,
-  "bias_for_layer_norm": False,
-  "block_group_size": 1,
-  "block_type": "llama",
-  "d_model": 24,
-  "embedding_size": 40,
-  "eos_token_id": 31,
-  "include_bias": False,
-  "include_qkv_bias": False,
-  "input_emb_norm": False,
-  "layer_norm_type": "rms",
-  "layer_norm_with_affine": True,
-  "mask_token_id": 30,
-  "max_sequence_length": 64,
-  "mlp_hidden_size": 36,
-  "mlp_ratio": 2,
-  "multi_query_attention": None,
-  "n_heads": 6,
-  "n_kv_heads": 3,
-  "n_layers": 3,
-  "pad_token_id": 32,
-  "rms_norm_eps": 1e-3,
-  "rope": True,
-  "rope_theta": 100.0,
-  "scale_logits": False,
-  "vocab_size": 33,
-  "weight_tying": False,
-}
-DREAM = {
-  "model_type": "Dream",
-  "eos_token_id": 31,
-  "hidden_act": "silu",
-  "hidden_size": 24,
-  "intermediate_size": 36,
-  "mask_token_id": 30,
-  "max_position_embeddings": 64,
-  "num_attention_heads": 6,
-  "num_hidden_layers": 2,
-  "num_key_value_heads": 2,
-  "pad_token_id": 31,
-  "rms_norm_eps": 1e-6,
-  "rope_scaling": None,
-  "rope_theta": 1e4,
-  "tie_word_embeddings": False,
-  "use_mrope": False,
-  "use_sliding_window": False,
-  "vocab_size": 40,
-}
-
-
-def tensors_of(config, seed=0, dtype=np.float32):
-  """Random tensors under the names and shapes that a config calls for."""
-  rng = np.random.default_rng(seed)
-  return {
-    name: (rng.standard_normal(leaf.tensor_shape) / 4).astype(dtype)
-    for leaf in checkpoints.leaves(families.from_hf(config))
-    for name in leaf.names
-  }
-
-
-def write_folder(folder: pathlib.Path, config, tensors, shards=1):
-  """A checkpoint folder as the hub has it, written by `safetensors`."""
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "config.json").write_text(json.dumps(config))
-  if shards == 1:
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    return folder
-  weight_map = {}
-  for i in range(shards):
-    file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-    part = dict(list(tensors.items())[i::shards])
-    safetensors.numpy.save_file(part, folder / file)
-    weight_map |= dict.fromkeys(part, file)
-  index = {"metadata": {}, "weight_map": weight_map}
-  (folder / checkpoints.INDEX).write_text(json.dumps(index))
-  return folder
 
 
 def read_folder(folder: pathlib.Path):

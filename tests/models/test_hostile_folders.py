@@ -9,8 +9,13 @@ import time
 import warnings
 
 import pytest
-from test_hf_weights import LLADA, tensors_of, write_folder
-from test_lora import llada_modules, peft_folder
+from tiny_folders import (
+  LLADA,
+  llada_modules,
+  peft_folder,
+  tensors_of,
+  write_folder,
+)
 from tokenizers import decoders, normalizers
 
 from rspo_jax.devices import workers

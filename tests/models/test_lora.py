@@ -9,45 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_hf_weights import DREAM, LLADA, tensors_of, write_folder
+from tiny_folders import (
+  BLOCK,
+  DREAM,
+  LLADA,
+  SEVEN,
+  llada_modules,
+  peft_folder,
+  tensors_of,
+  write_folder,
+)
 
 from rspo_jax.models import adapters, checkpoints, families, lora, transformer
 from rspo_jax.models.lora import LoraSettings
 from rspo_jax.run import program as program_lib
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 SEVEN += ["gate_proj"]
-BLOCK = "model.transformer.blocks.{}.{}"
-
-
-def peft_folder(folder, base_tensors, modules, rank=2, **changes):
-  """An adapter folder as PEFT writes it, with random A and B."""
-  rng = np.random.default_rng(5)
-  tensors = {}
-  for module in modules:
-    outputs, inputs = base_tensors[f"{module}.weight"].shape
-    for letter, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-      matrix = rng.standard_normal(shape).astype(np.float32)
-      tensors[f"base_model.model.{module}.lora_{letter}.weight"] = matrix
-  config = {
-    "peft_type": "LORA",
-    "r": rank,
-    "lora_alpha": 3,
-    "lora_dropout": 0.05,
-    "target_modules": SEVEN,
-    "bias": "none",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": "GSAI-ML/LLaDA-8B-Instruct",
-  }
-  folder.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
-  (folder / "adapter_config.json").write_text(json.dumps(config | changes))
-  return tensors
-
-
-def llada_modules(names=("q_proj", "k_proj", "v_proj", "up_proj")):
-  """Modules of every layer of the tiny LLaDA."""
-  return [BLOCK.format(i, n) for i in range(LLADA["n_layers"]) for n in names]
 
 
 def merged_by_hand(base_tensors, adapter_tensors, scale):
