@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from rspo_jax.algorithm import likelihood, objectives, scoring, train_step
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 from rspo_jax.devices import sharding, workers
 from rspo_jax.models import lora
 from rspo_jax.run import rules
@@ -97,7 +97,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     ValueError: names the first key that cannot be, its value and a remedy.
   """
   c = rules.check_early(config)
-  schema.check_names(c)
+  keys.check_names(c)
   rules.check_before_cutting(c, planning)
   settings = _cut(c, _shards(c.mesh, devices))
   rules.check_settings(c, settings)
@@ -326,10 +326,10 @@ def _sampler_changes(text: str) -> dict[str, Any]:
   for part in text.split("+"):
     key, equals, value = part.strip().partition("=")
     if not equals:
-      schema.one_of("the part", key, names)
+      keys.one_of("the part", key, names)
       changes[names[key]] = key
       continue
-    schema.one_of("the number", key, numbers)
+    keys.one_of("the number", key, numbers)
     try:
       changes[key] = numbers[key](value)
     except ValueError as error:
