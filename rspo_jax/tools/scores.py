@@ -1,4 +1,4 @@
-"""`python -m rspo_jax.tools.scores DIR [DIR ...]`: one table over evaluations.
+"""`python -m rspo_jax.scores DIR [DIR ...]`: one table over evaluations.
 
 It shows every evaluation (`--mode=eval`) in the folders, as Markdown.
 """
@@ -13,7 +13,7 @@ def main(arguments: Sequence[str]) -> int:
   """Prints the table of the folders named; returns the exit status."""
   if not arguments or arguments[0].startswith("-"):
     print(
-      "usage: python -m rspo_jax.tools.scores DIR [DIR ...]", file=sys.stderr
+      "usage: python -m rspo_jax.scores DIR [DIR ...]", file=sys.stderr
     )
     return 2 if not arguments else 0
   try:
