@@ -21,7 +21,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rspo_jax.config import names, schema
+from rspo_jax.config import keys, names, schema
 
 DONE, MISTAKE, INTERRUPTED = 0, 2, 130
 # The form of the option that stands for every key of the config.
@@ -87,7 +87,7 @@ class Option:
     if not text and self.default:
       raise ValueError(f"{self.flag} needs a value; write {self.form}.")
     if self.choices:
-      schema.one_of(self.flag, text, self.choices)
+      keys.one_of(self.flag, text, self.choices)
     if self.kind is str:
       return text
     try:
@@ -150,7 +150,7 @@ class Parser:
       if word.startswith("-"):
         known = [option.flag for option in named]
         if takes_overrides:
-          known += [f"--config.{name}" for name, _, _ in schema.walk()]
+          known += [f"--config.{name}" for name, _, _ in keys.walk(schema.Config())]
         near = names.did_you_mean(word.partition("=")[0], known, str)
         raise ValueError(f"{word} is not an option; {near}see --help.")
       if not places:

@@ -43,6 +43,7 @@ from rspo_jax.models.families import published
 from rspo_jax.planning import chips, flops, hlo
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
+from rspo_jax.storage import files
 
 # How thoroughly the compiler works: "O1" is several times faster and gives
 # memory within 2 %, but slower programs, so that their seconds say nothing.
@@ -514,9 +515,7 @@ def measure(
     # A plan is as good without a cache that cannot be written.
     with contextlib.suppress(OSError):
       path.parent.mkdir(parents=True, exist_ok=True)
-      part = path.with_suffix(f".{os.getpid()}")
-      part.write_text(json.dumps(result), encoding="utf-8")
-      part.replace(path)
+      files.write(path, json.dumps(result))
   return result
 
 

@@ -1,4 +1,7 @@
-"""`python -m rspo_jax.scores DIR [DIR ...]`: one table over evaluations."""
+"""`python -m rspo_jax.scores DIR [DIR ...]`: one table over evaluations.
+
+It shows every evaluation (`--mode=eval`) in the folders, as Markdown.
+"""
 
 import sys
 from collections.abc import Sequence

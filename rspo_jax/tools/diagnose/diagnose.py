@@ -24,8 +24,9 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from rspo_jax.config import cli, identity, load, schema
+from rspo_jax.config import cli, identity, keys, load
 from rspo_jax.config.cli import Option
+from rspo_jax.storage import files
 
 
 def _read(options) -> None:
@@ -42,7 +43,7 @@ def _read(options) -> None:
   options.forwards = [int(text) for text in forwards]
   wanted = options.schemes.split(",") if options.schemes else []
   for name in wanted:
-    schema.one_of("--schemes", name, likelihood.ESTIMATORS)
+    keys.one_of("--schemes", name, likelihood.ESTIMATORS)
   options.schemes = ["uniform", *(wanted or likelihood.ESTIMATORS)]
 
 
@@ -204,7 +205,7 @@ def _diagnose(options) -> int:
   result = measure.diagnose(
     bench, options.forwards, options.repeats, options.schemes
   )
-  (out / "diagnose.json").write_text(json.dumps(result, indent=2) + "\n")
+  files.write(out / "diagnose.json", json.dumps(result, indent=2) + "\n")
   print(table(result))
   if plot(result, out / "diagnose.png"):
     print(f"In {out}: diagnose.json, diagnose.png.")

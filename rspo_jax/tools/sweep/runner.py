@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 
-from rspo_jax.storage import locks
+from rspo_jax.storage import files
 from rspo_jax.tools.sweep.jobs import ROOT, Job
 
 DONE, FAULT, INTERRUPTED = 0, 3, 75
@@ -85,17 +85,7 @@ class Manifest:
 
   def write(self) -> None:
     """Replaces the file as a whole: a kill leaves the old or the new one."""
-    beside = self.path.with_name(f".{MANIFEST}.{os.getpid()}")
-    try:
-      with open(beside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(self.data, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-      os.replace(beside, self.path)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        beside.unlink()
-      raise
+    files.write(self.path, json.dumps(self.data, indent=1) + "\n")
 
 
 @dataclasses.dataclass
@@ -131,7 +121,7 @@ def locked(out: pathlib.Path) -> Iterator[None]:
     ValueError: another sweep works there.
   """
   with open(out / f".{MANIFEST}.lock", "w") as file:
-    if not locks.take(file):
+    if not files.lock(file):
       raise ValueError(
         f"--out={out}: another sweep works there; wait for it, or choose "
         "another --out."
@@ -144,7 +134,7 @@ def _alive(job: Job) -> bool:
   if not job.log.exists():
     return False
   with open(job.log, "rb") as log:
-    return not locks.take(log)
+    return not files.lock(log)
 
 
 def _start(job: Job) -> _Child | None:
@@ -158,7 +148,7 @@ def _start(job: Job) -> _Child | None:
   with open(job.log, "ab") as log:
     # The child inherits this lock with its standard output and keeps it even
     # when the sweep is killed.
-    if not locks.take(log):
+    if not files.lock(log):
       return None
     log.write(f"$ {shlex.join(job.command)}\n".encode())
     log.flush()
