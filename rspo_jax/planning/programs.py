@@ -33,19 +33,19 @@ class Call:
   Attributes:
     function: jitted.
     arguments: abstract.
-    uses: names of the resident trees that it is given.
     runs: how often a step calls it.
     trips: turns of the loops whose bound is computed on the device.
+    uses: names of the resident trees that it is given.
     useful: FLOPs over the mesh that it cannot do without.
     temporaries: bytes of what is known to be among its temporaries.
   """
 
   function: Any
   arguments: tuple
-  uses: tuple[str, ...]
   runs: int
   trips: int
-  useful: float
+  uses: tuple[str, ...] = ()
+  useful: float = 0.0
   temporaries: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
@@ -181,7 +181,7 @@ def describe(program: program_lib.Program) -> Described:
     program: of an abstract model.
   """
   settings, mesh, state = program.settings, program.mesh, program.state_template
-  scores, supervised = settings.scores, settings.supervised
+  scores = settings.scores
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   def by_rows(tree):
@@ -219,30 +219,23 @@ def describe(program: program_lib.Program) -> Described:
     values if scores.ratio else None,
     program.frozen,
   )
-  arguments = {
-    "update": (program.update_fn, update),
-    "scores": (score_fn, scored),
-    "rollout": (program.rollout_fn, (sampled, *prompts, key)),
-  }
-  runs = {
-    "update": scores.updates,
-    "scores": scores.calls,
-    "rollout": int(not supervised),
-  }
-  turns = {"rollout": settings.sampler.block_steps}
-  kept = {"update": _temporaries(program, masks * batch.tokens.shape[1])}
+  rollout = (sampled, *prompts, key)
   calls = {
-    name: Call(
-      *arguments[name],
-      uses=uses[name],
-      runs=count,
-      trips=turns.get(name, pieces),
-      useful=useful[name],
-      temporaries=kept.get(name, {}),
-    )
-    for name, count in runs.items()
-    if count
+    "update": Call(program.update_fn, update, scores.updates, pieces),
+    "scores": Call(score_fn, scored, scores.calls, pieces),
+    "rollout": Call(
+      program.rollout_fn,
+      rollout,
+      int(not settings.supervised),
+      settings.sampler.block_steps,
+    ),
   }
+  for name, call in calls.items():
+    call.uses, call.useful = uses[name], useful[name]
+  calls["update"].temporaries = _temporaries(
+    program, masks * batch.tokens.shape[1]
+  )
+  calls = {name: call for name, call in calls.items() if call.runs}
   return Described(program, calls, resident, needed)
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from rspo_jax.algorithm import scoring
 from rspo_jax.devices import sharding
+from rspo_jax.models import adapters, lora
 from rspo_jax.planning import (
   chips,
   command,
@@ -25,7 +27,7 @@ from rspo_jax.planning import (
   table,
   workload,
 )
-from rspo_jax.run import program
+from rspo_jax.run import program, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNTDOWN = f"{ROOT}/configs/countdown.py"
@@ -487,17 +489,22 @@ def test_a_small_run_is_planned_and_its_plan_is_kept(
     command.main([*argv, "--config.model.remat=True"])
 
 
-def test_a_rollout_that_waits_for_its_step_is_held_and_scored(capsys):
-  def planned(*words):
-    argv = [f"--config={COUNTDOWN}:gdpo", "--topology=gpu:80", "--json", *words]
-    assert command.main([*argv, "--sequences=32"]) == command.FITS
+@pytest.fixture
+def estimated(capsys):
+  """The estimate for one GPU of a small run, by the words of its command."""
+
+  def plan(arg, *words):
+    argv = [f"--config={COUNTDOWN}{arg}", "--topology=gpu:80", "--json"]
+    argv += ["--sequences=32", "--prompt=24", "--completion=8", *words]
+    assert command.main(argv) == command.FITS
     return json.loads(capsys.readouterr().out)
 
-  argv = ["--prompt=24", "--completion=8"]
-  before, after = (
-    planned(*argv),
-    planned(*argv, "--config.rollout.stale_steps=1"),
-  )
+  return plan
+
+
+def test_a_rollout_that_waits_for_its_step_is_held_and_scored(estimated):
+  before = estimated(":gdpo")
+  after = estimated(":gdpo", "--config.rollout.stale_steps=1")
   held = after["resident_by_name_gb"].pop("rollout ahead")
   # Tokens and their mask, order and end of completions, two counts, 3 values.
   expected = 32 * (32 * 5 + 8 * 5 + 3 * 4) + 8
@@ -507,6 +514,80 @@ def test_a_rollout_that_waits_for_its_step_is_held_and_scored(capsys):
   assert after["programs"]["scores"]["runs"] == 1
   beside = [p["programs"]["update"]["resident_gb"] for p in (before, after)]
   assert beside[1] - beside[0] == pytest.approx(held, rel=1e-3)
+
+
+def test_a_ratio_under_an_adapter_costs_the_policys_scores_alone(estimated):
+  words = ["--config.train.updates_per_rollout=2", "--config.train.passes=one"]
+  whole = estimated(":gdpo", *words)["programs"]["scores"]
+  words += ["--config.lora.rank=4", "--config.objective.kl_weight=0.1"]
+  # The update scores the reference itself, so that the loop asks for the
+  # policy's scores only: before the first update, for both of them.
+  scores = estimated(":gdpo", *words)["programs"]["scores"]
+  assert scores["runs"] == whole["runs"] == 2
+  assert scores["useful_flops"] == whole["useful_flops"]
+  # A pass through the same weights, and a little for the adapter.
+  assert 1 < scores["flops"] / whole["flops"] < 1.5
+
+
+def test_an_adapter_that_a_run_starts_from_is_planned_as_one(
+  estimated, tmp_path
+):
+  asked = estimated("", "--config.lora.rank=4")
+  options = workload.Options(COUNTDOWN, {}, "gpu:80")
+  config, _ = workload.configure(options, 1)
+  model = programs.model_config(settings.build(config, 1, planning=True))
+  found = lora.LoraSettings(4, 8.0, lora.PROJECTIONS)
+  start = lora.init(model, found, jax.random.key(0))
+  adapters.save_adapter(tmp_path, model, found, start, base="tiny")
+  given = estimated(
+    "", "--config.lora.rank=0", f"--config.lora.path={tmp_path}"
+  )
+  held, new = given["resident_by_name_gb"], asked["resident_by_name_gb"]
+  assert held["adapter"] == new["adapter"] and held["moments"] == new["moments"]
+  # The reference keeps the adapter that the run started from.
+  more = held["frozen weights"] - new["frozen weights"]
+  assert more == pytest.approx(held["adapter"])
+
+
+@pytest.mark.parametrize("ratio", ["", "updates", "sampler"])
+@pytest.mark.parametrize("two_passes", [False, True])
+@pytest.mark.parametrize("shared_base", [False, True])
+@pytest.mark.parametrize("updates", [1, 3])
+def test_calls_outside_the_updates_cost_all_that_the_loop_scores_there(
+  ratio, two_passes, shared_base, updates
+):
+  scores = scoring.ScorePlan(
+    updates=updates,
+    masks=4,
+    uses_reference=True,
+    ratio=ratio,
+    two_passes=two_passes,
+    shared_base=shared_base,
+    early=True,
+  )
+  forwards = updates * (ratio == "sampler")
+  for update in range(updates):
+    needed = scores.before(update)
+    forwards += needed.reference + needed.policy + scores.policy_again(update)
+  each = 2 if scores.before(0).together else 1
+  assert scores.calls == -(-forwards // each)
+
+
+def test_runs_that_differ_in_a_programs_shapes_share_no_answer(monkeypatch):
+  monkeypatch.setattr(compiler.importlib.metadata, "version", str)
+
+  def digest(**changes):
+    options = workload.Options(COUNTDOWN, {}, "v5e:1x1", **changes)
+    config, _ = workload.configure(options, 1)
+    built = settings.build(config, 1, planning=True)
+    made = types.SimpleNamespace(
+      settings=built, model=types.SimpleNamespace(config=None), lora=None
+    )
+    return compiler.digest(made, chips.parse("v5e:1x1"), "update", "full")
+
+  changes = [{}, {"prompt": 48}, {"completion": 24}, {"masks": 8}]
+  assert len({digest(**each) for each in changes}) == len(changes)
+  assert digest() == digest()
 
 
 def test_a_run_on_a_tpu_gives_the_compiler_the_plans_option_and_no_other_does():
