@@ -62,14 +62,7 @@ def make_plan(
         _say(options, f"compiling {name} for {topology.name}")
         result = compiler.measure(described, topology, name, level, cache)
       rows[name] = prices.price(described, topology, name, level, result)
-  plan = _frame(described, rows, notes) | {
-    "topology": topology.name,
-    "optimization": level,
-    "estimate": False,
-    "peak_flops": topology.chip.peak_flops,
-  }
-  plan["advice"] = advice(plan, described.program.settings, topology)
-  return plan
+  return _made(described, rows, notes, topology.name, level, topology)
 
 
 def estimate_gpu(options: workload.Options) -> dict[str, Any]:
@@ -98,14 +91,7 @@ def estimate_gpu(options: workload.Options) -> dict[str, Any]:
     "an estimate: weights, moments, gradients and live activations by "
     "arithmetic; no compiler was asked"
   )
-  plan = _frame(described, rows, notes) | {
-    "topology": options.topology,
-    "optimization": None,
-    "estimate": True,
-    "peak_flops": None,
-  }
-  plan["advice"] = advice(plan, described.program.settings, None)
-  return plan
+  return _made(described, rows, notes, options.topology)
 
 
 def _describe(config, count: int, devices: Callable) -> programs.Described:
@@ -123,8 +109,10 @@ def _describe(config, count: int, devices: Callable) -> programs.Described:
   return programs.describe(program)
 
 
-def _frame(described: programs.Described, rows, notes) -> dict[str, Any]:
-  """What plans of TPUs and GPUs have in common."""
+def _made(
+  described: programs.Described, rows, notes, name, level=None, topology=None
+) -> dict[str, Any]:
+  """The plan of programs with their rows; level and topology: of a TPU."""
   settings, mesh = described.program.settings, described.program.mesh
   total = settings.rollout.prompts * settings.rollout.group_size
   seconds = [row["seconds"] for row in rows.values()]
@@ -135,7 +123,11 @@ def _frame(described: programs.Described, rows, notes) -> dict[str, Any]:
     ratio = spent * mesh.size / described.needed
   if None not in seconds:
     step_seconds = sum(row["seconds"] * row["runs"] for row in rows.values())
-  return {
+  plan = {
+    "topology": name,
+    "optimization": level,
+    "estimate": topology is None,
+    "peak_flops": topology and topology.chip.peak_flops,
     "fits": all(row["fits"] for row in rows.values()),
     "chips": mesh.size,
     "mesh": dict(mesh.shape),
@@ -154,6 +146,7 @@ def _frame(described: programs.Described, rows, notes) -> dict[str, Any]:
     "executed_over_useful": ratio,
     "notes": notes,
   }
+  return plan | {"advice": advice(plan, settings, topology)}
 
 
 def advice(plan, settings, topology) -> list[str]:
@@ -203,13 +196,14 @@ def advice(plan, settings, topology) -> list[str]:
 
 def _smaller_state(plan, settings) -> list[str]:
   """Settings under which less stays in memory."""
-  held = plan["resident_by_name_gb"]
-  lines = []
-  if settings.adapter is None and not settings.supervised:
+  held, lines = plan["resident_by_name_gb"], []
+  adapted = "frozen weights" in held
+  if not adapted and not settings.supervised:
     lines.append("lora.rank=64: an adapter alone has gradients and moments")
   if settings.model.param_dtype == "float32":
+    weights = held["frozen weights" if adapted else "weights"]
     lines.append(
-      f"model.param_dtype=bfloat16: {held['weights']:.1f} GB of weights halve"
+      f"model.param_dtype=bfloat16: {weights:.1f} GB of weights halve"
     )
   if settings.optimizer.moment_dtype == "float32":
     lines.append(

@@ -141,32 +141,24 @@ def check_mesh(
     ValueError: names the nearest setting that works.
   """
   shape = sharding.mesh_shape(*settings.mesh.axes, devices=devices)
-  tensor = shape[2]
-  for name, size in (
-    ("query heads", config.heads),
-    ("key and value heads", config.kv_heads),
-  ):
-    if size % tensor:
-      works = max(
-        n
-        for n in range(1, tensor + 1)
-        if math.gcd(config.heads, config.kv_heads) % n == 0 and devices % n == 0
-      )
+
+  def check(axis, size, what, common, rest=""):
+    ways = shape[sharding.AXES.index(axis)]
+    if size % ways:
+      common = math.gcd(common, devices)
+      works = max(n for n in range(1, ways) if common % n == 0)
       raise ValueError(
-        f"mesh.tensor={tensor} must divide the model's {size} {name}; use "
-        f"mesh.tensor={works}."
+        f"mesh.{axis}={ways} must divide the model's {what}; use "
+        f"mesh.{axis}={works}{rest}."
       )
-  for name, size, axis in (
-    ("width", config.width, 1),
-    ("mlp_width", config.mlp_width, 2),
-  ):
-    if size % shape[axis]:
-      ways = sharding.AXES[axis]
-      works = max(n for n in range(1, shape[axis]) if size % n == 0)
-      raise ValueError(
-        f"mesh.{ways}={shape[axis]} must divide the model's {name}={size}; use "
-        f"mesh.{ways}={works} and mesh.data for the rest."
-      )
+
+  heads, kv_heads = config.heads, config.kv_heads
+  common, rest = math.gcd(heads, kv_heads), " and mesh.data for the rest"
+  check("tensor", heads, f"{heads} query heads", common)
+  check("tensor", kv_heads, f"{kv_heads} key and value heads", common)
+  for axis, name in (("fsdp", "width"), ("tensor", "mlp_width")):
+    size = getattr(config, name)
+    check(axis, size, f"{name}={size}", size, rest)
 
 
 def _abstract(x, where) -> jax.ShapeDtypeStruct:
@@ -240,14 +232,11 @@ def describe(program: program_lib.Program) -> Described:
 
 
 def _resident(program: program_lib.Program, sampled):
-  """What a chip keeps from step to step, and which program is given what.
+  """What a chip keeps: (bytes by tree, names of the trees of each program).
 
   Args:
     program: of an abstract model.
     sampled: its parameters as the rollout takes them.
-
-  Returns:
-    (bytes by tree, names of trees by program).
   """
   state = program.state_template
   moments = {"moments": chip_bytes(state.opt_state)}
@@ -277,11 +266,6 @@ def _resident(program: program_lib.Program, sampled):
 
 def _useful(program: program_lib.Program, sequences: int, length: int):
   """FLOPs over the mesh that cannot be done without.
-
-  Args:
-    program: of an abstract model.
-    sequences: of a step.
-    length: of one, S.
 
   Returns:
     (by program, of all updates of a step with the reference's scores).
