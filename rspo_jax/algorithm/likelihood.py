@@ -60,6 +60,8 @@ class LikelihoodSettings(schema.Likelihood):
   on every canvas (diffu-GRPO, wd1, SPG).
   """
 
+  block_length: int = schema.key(1, "resolved: 0 is no length", at_least=1)
+
   def __post_init__(self):
     schema.check(self, "likelihood.")
     estimator = ESTIMATORS[self.scheme]

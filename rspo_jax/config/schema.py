@@ -491,7 +491,10 @@ class Optimizer:
   weight_decay: float = key(0.0, "of matrices", at_least=0)
   clip_norm: float = key(1.0, "global gradient norm", above=0)
   moment_dtype: str = key(
-    "float32", "float32 | bfloat16: storage of moments", choices=DTYPES
+    "float32",
+    "float32 | bfloat16: storage of moments, and of a step's sum of gradients "
+    "(that of float32 parameters: float32)",
+    choices=DTYPES,
   )
 
 

@@ -225,7 +225,7 @@ def describe(program: program_lib.Program) -> Described:
   for name, call in calls.items():
     call.uses, call.useful = uses[name], useful[name]
   calls["update"].temporaries = _temporaries(
-    program, masks * batch.tokens.shape[1]
+    program, masks * batch.tokens.shape[1], summed=pieces > 1
   )
   calls = {name: call for name, call in calls.items() if call.runs}
   return Described(program, calls, resident, needed)
@@ -311,15 +311,25 @@ def head_rows(settings: settings_lib.Settings, sequences: int) -> int:
   return sequences * math.prod(masks.rows.shape)
 
 
-def _temporaries(program: program_lib.Program, tokens: int) -> dict[str, float]:
+def _temporaries(
+  program: program_lib.Program, tokens: int, summed: bool
+) -> dict[str, float]:
   """Bytes of what an update surely holds at a time.
 
   Args:
     program: of an abstract model.
     tokens: of one sequence with the masks that are differentiated together.
+    summed: gradients are summed over pieces, in the wider of their dtypes.
   """
-  step, config = program.settings.step, program.model.config
-  kept = {"gradients": chip_bytes(program.state_template.params)}
+  settings, config = program.settings, program.model.config
+  step, moments = settings.step, settings.optimizer.moment_dtype
+
+  def gradient(x):
+    dtype = jnp.promote_types(x.dtype, moments) if summed else x.dtype
+    return jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+
+  gradients = jax.tree.map(gradient, program.state_template.params)
+  kept = {"gradients": chip_bytes(gradients)}
   if config.remat:
     layer = step.micro_batch // step.shards * tokens * config.width
     layer *= jnp.dtype(config.compute_dtype).itemsize

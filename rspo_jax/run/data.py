@@ -100,18 +100,34 @@ def prompt_text(
   """Returns the prompt of an example as the model is given it.
 
   Every style but the compact one is a message to a general model: it goes
-  through the checkpoint's chat template, where it has one.
+  through the checkpoint's chat template. `d1` and `espo` write the format of
+  the reply themselves, so that a base model without template can read them.
 
   Args:
     task: gives the user's text.
     example: of the task.
     style: name of the prompt template.
     tokenizer: of the checkpoint.
+
+  Raises:
+    DataError: style "chat" without a template, or one that renders nothing.
   """
   text = task.prompt(example, style)
-  if style == "compact" or tokenizer.template is None:
+  if style == "compact" or (style != "chat" and tokenizer.template is None):
     return text
-  return tokenizer.chat([{"role": "user", "content": text}])
+  if tokenizer.template is None:
+    raise DataError(
+      "task.prompt_style='chat' needs a chat template, and the checkpoint has "
+      "none: put the original model's into chat_template.jinja, or use "
+      "task.prompt_style=compact."
+    )
+  prompt = tokenizer.chat([{"role": "user", "content": text}])
+  if not prompt.strip():
+    raise DataError(
+      f"the checkpoint's chat template makes nothing of {text[:60]!r}; correct "
+      "chat_template, or use task.prompt_style=compact."
+    )
+  return prompt
 
 
 class Prompts:
@@ -125,6 +141,9 @@ class Prompts:
     pad_id: fills the left of shorter prompts.
     long_prompts: "refuse" a prompt longer than the budget, or "keep_tail" of
       it: the question, which stands at the end.
+    user_text: example -> the part of the prompt that differs; its characters
+      say which prompts are the longest, without a rendering of each. None:
+      the prompt itself.
 
   Attributes:
     cut: bool [n], the prompts tokenised so far that lost their beginning.
@@ -141,8 +160,10 @@ class Prompts:
     prompt_length: int,
     pad_id: int,
     long_prompts: str = "refuse",
+    user_text: Callable[[base.Example], str] | None = None,
   ):
     self.examples = examples
+    self._user_text = user_text or prompt
     self.cut = np.zeros(len(examples), bool)
     self._keep_tail = long_prompts == "keep_tail"
     self._prompt = prompt
@@ -155,7 +176,7 @@ class Prompts:
     """Tokenises the prompts most likely to exceed the budget."""
     rows = range(len(self.examples))
     if len(rows) > _CHECKED_PROMPTS:
-      sizes = np.array([len(self._prompt(e)) for e in self.examples])
+      sizes = np.array([len(self._user_text(e)) for e in self.examples])
       rows = np.argpartition(sizes, -_CHECKED_PROMPTS)[-_CHECKED_PROMPTS:]
     for row in rows:
       self._fill(int(row))
@@ -259,8 +280,8 @@ class Batches:
     batch_size: B, over all processes.
     seed: of the order.
     start_step: where iteration begins.
-    process_index: of this process.
-    process_count: must divide B.
+    rows: i64 [b], places in a batch of those that this process wants
+      (`sharding.Split.held`); None: all.
     shuffle: whether to shuffle each epoch.
   """
 
@@ -272,25 +293,21 @@ class Batches:
     seed: int,
     *,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     shuffle: bool = True,
   ):
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size < 1:
+      raise DataError(f"batch size {batch_size} must be positive.")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    outside = rows[(rows < 0) | (rows >= batch_size)]
+    if len(outside):
       raise DataError(
-        f"batch size {batch_size} must be a positive multiple of the"
-        f" {process_count} processes."
-      )
-    if not 0 <= process_index < process_count:
-      raise DataError(
-        f"process index {process_index} must be below the process count"
-        f" {process_count}."
+        f"row {outside[0]} must be in 0..{batch_size - 1}, the rows of a batch."
       )
     self._prompts = prompts
     self._make = make
     self._batch_size = batch_size
-    self._share = batch_size // process_count
-    self._offset = process_index * self._share
+    self._rows = rows
     self._start_step = start_step
     if not 0 <= seed < 2**32:
       raise DataError(f"data seed {seed} must be in 0..2^32-1.")
@@ -302,8 +319,7 @@ class Batches:
     self.dataset = grain.MapDataset.range(_ENDLESS).map(self._batch)
 
   def _batch(self, step: int):
-    first = int(step) * self._batch_size + self._offset
-    positions = np.arange(first, first + self._share)
+    positions = int(step) * self._batch_size + self._rows
     return self._make(self._prompts, self._order.indices(positions), positions)
 
   def __getitem__(self, step: int):
@@ -369,6 +385,7 @@ def prompt_batches(
   prompt_length: int,
   pad_id: int,
   long_prompts: str = "refuse",
+  user_text: Callable[[base.Example], str] | None = None,
   **placement,
 ) -> Batches:
   """Returns batches of prompts for rollouts.
@@ -381,9 +398,8 @@ def prompt_batches(
     seed: of the order.
     prompt_length: P.
     pad_id: fills the left of shorter prompts.
-    long_prompts: as in `Prompts`.
-    **placement: start_step, process_index, process_count and shuffle of
-      `Batches`.
+    long_prompts, user_text: as in `Prompts`.
+    **placement: start_step, rows and shuffle of `Batches`.
 
   Returns:
     `Batches` of `PromptBatch`.
@@ -396,7 +412,7 @@ def prompt_batches(
     return PromptBatch(tokens, mask, picked, prompts.cut[indices])
 
   prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts
+    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
   )
   return Batches(prompts, make, batch_size, seed, **placement)
 
@@ -446,6 +462,7 @@ def demonstration_batches(
   eos_id: int,
   corrupt_share: float = 0.0,
   long_prompts: str = "refuse",
+  user_text: Callable[[base.Example], str] | None = None,
   **placement,
 ) -> Batches:
   """Returns batches of demonstrations for supervised training.
@@ -465,9 +482,8 @@ def demonstration_batches(
     pad_id: fills the left of shorter prompts.
     eos_id: fills the right of shorter completions.
     corrupt_share: expected share of corrupt demonstrations, 0..1.
-    long_prompts: as in `Prompts`.
-    **placement: start_step, process_index, process_count and shuffle of
-      `Batches`.
+    long_prompts, user_text: as in `Prompts`.
+    **placement: start_step, rows and shuffle of `Batches`.
 
   Returns:
     `Batches` of `DemonstrationBatch`.
@@ -519,6 +535,6 @@ def demonstration_batches(
     return DemonstrationBatch(tokens, mask, completion, corrupt, cut)
 
   prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts
+    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
   )
   return Batches(prompts, make, batch_size, seed, **placement)

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from rspo_jax.config import identity
-from rspo_jax.devices import processes
+from rspo_jax.devices import processes, workers
 from rspo_jax.devices.interrupt import Interrupt
 from rspo_jax.reporting import metrics, profiler, tables
 from rspo_jax.run import collapse, data, incident, preflight, summary
@@ -30,7 +30,6 @@ from rspo_jax.storage.checkpoint import (
   CheckpointError,
   CheckpointMismatch,
 )
-from rspo_jax.tasks import workers
 
 DONE, MISTAKE, FAULT, INTERRUPTED = 0, 2, 3, 75
 FAULTS = (
@@ -184,14 +183,14 @@ def open_batches(run: Run):
   examples = data.load_examples(program.task, "train", settings.data)
   common = dict(
     prompt=program.prompt,
+    user_text=program.user_text,
     encode=program.model.tokenizer.encode,
     prompt_length=settings.data.prompt_length,
     pad_id=program.model.config.pad_id,
     long_prompts=settings.data.long_prompts,
     batch_size=settings.rollout.prompts,
     seed=settings.run.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=run.split.held,
   )
   if settings.supervised:
     batches = data.demonstration_batches(

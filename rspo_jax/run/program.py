@@ -2,7 +2,7 @@
 
 `build` loads the model onto the mesh and prepares the jitted functions; it
 compiles nothing and reads no data. A run (`runs.py`) calls them one after
-another; the planner (`planner.py`) compiles them for a mesh that is not there,
+another; the planner (`planning/programs.py`) compiles them for a mesh that is not there,
 with an `abstract_model`.
 """
 
@@ -156,6 +156,10 @@ class Program:
     """Text of an example's prompt as the model is given it."""
     style = self.settings.task.prompt_style
     return data.prompt_text(self.task, example, style, self.model.tokenizer)
+
+  def user_text(self, example) -> str:
+    """What of an example's prompt is the user's, before any template."""
+    return self.task.prompt(example, self.settings.task.prompt_style)
 
   def judge(self, examples, texts) -> rollout.Judged:
     """Verdicts under the run's protocol and reward weights."""
@@ -460,6 +464,7 @@ def assemble(
         settings.objective,
         policy,
         both_logprob_fn if dual else None,
+        settings.optimizer.moment_dtype,
       ),
       donate_argnums=0,
       out_shardings=(state_shardings, whole),

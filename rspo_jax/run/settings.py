@@ -14,12 +14,12 @@ from typing import Any
 
 from rspo_jax.algorithm import likelihood, objectives, scoring, train_step
 from rspo_jax.config import schema
-from rspo_jax.devices import sharding
+from rspo_jax.devices import sharding, workers
 from rspo_jax.models import lora
 from rspo_jax.run import rules
 from rspo_jax.sampling import sampler_settings
 from rspo_jax.sampling.sampler_settings import SamplerSettings
-from rspo_jax.tasks import own, workers
+from rspo_jax.tasks import own
 
 
 @dataclasses.dataclass(frozen=True)

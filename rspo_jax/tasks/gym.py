@@ -27,7 +27,8 @@ from collections.abc import Mapping, Sequence
 
 from rspo_jax.config import schema
 from rspo_jax.datasets import files
-from rspo_jax.tasks import answers, base, own, workers
+from rspo_jax.devices import workers
+from rspo_jax.tasks import answers, base, own
 
 PREFIX = "reasoning_gym:"
 WEIGHTS = {"score": 1.0, "format": 0.0}

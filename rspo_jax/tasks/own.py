@@ -27,7 +27,8 @@ from typing import Any
 
 from rspo_jax.config import schema
 from rspo_jax.datasets import files
-from rspo_jax.tasks import base, prompts, workers
+from rspo_jax.devices import workers
+from rspo_jax.tasks import base, prompts
 
 STYLES = ("compact", "chat", *prompts.STYLES)
 WEIGHTS = {"reward": 1.0}

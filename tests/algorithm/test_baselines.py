@@ -18,15 +18,6 @@ N = PROMPTS * GROUP
 OTHERS = sorted(set(objectives.OBJECTIVES) - {"rspo", "rft", "sft"})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Most of the time of these tests would go into optimising programs."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 def settings_of(name, **options):
   """Settings of an objective; its own options go into its own group."""
   own = getattr(schema.Objective(), name, None)
@@ -566,7 +557,7 @@ def test_pairs_are_of_a_better_and_a_worse_reward_also_among_wrong_ones():
 
 
 def test_an_objective_is_added_by_a_function_and_an_entry(monkeypatch):
-  import test_train_step as small
+  import tiny_steps as small
 
   from configs import countdown
   from rspo_jax.algorithm import train_step

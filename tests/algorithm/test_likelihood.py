@@ -35,15 +35,6 @@ def prefix(lengths, length=LENGTH):
   return jnp.arange(length) < jnp.asarray(lengths)[:, None]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Most of the time of these tests would go into optimising programs."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def drawing(scheme, draws, prompt_length=PROMPT):
   """Jitted draw_masks(key, scored) of a scheme."""

@@ -13,15 +13,6 @@ from rspo_jax.algorithm import likelihood, masks
 PROMPT, LENGTH, N = 3, 6, 400
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Most of the time of these tests would go into optimising programs."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 def drawn(scheme, count, lengths, length=LENGTH, commit_step=None, **options):
   """Masks of sequences of these lengths, as numpy."""
   settings = likelihood.LikelihoodSettings(scheme, count, **options)

@@ -19,15 +19,6 @@ PROMPTS, GROUP, MASKS = 3, 4, 4
 N = PROMPTS * GROUP
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Most of the time of these tests would go into optimising programs."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 def settings_of(**options):
   """Settings in nats per token, groups of four, unless said otherwise."""
   default = dict(lambda_=3.0, lambda_unit="token", group_size=GROUP)

@@ -12,149 +12,31 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny_steps import (
+  CONFIG,
+  GROUP,
+  KEY,
+  LENGTH,
+  MASK_ID,
+  MASKS,
+  PROMPT,
+  PROMPTS,
+  N,
+  assert_close,
+  batch_of,
+  estimate_of,
+  gradient_of,
+  objective_of,
+  tiny_logprob,
+  tiny_params,
+  transformer_params,
+  update_of,
+)
 
 from rspo_jax.algorithm import likelihood, objectives, train_step
 from rspo_jax.config import schema
 from rspo_jax.devices import sharding
 from rspo_jax.models import transformer
-from rspo_jax.models.families import ModelConfig
-
-PROMPTS, GROUP, PROMPT, LENGTH = 4, 4, 3, 5
-N, SPAN = PROMPTS * GROUP, PROMPT + LENGTH
-VOCABULARY, MASK_ID = 12, 11
-MASKS = likelihood.LikelihoodSettings("complementary", 4)
-CONFIG = ModelConfig(
-  family="llada",
-  vocab_size=VOCABULARY,
-  width=16,
-  layers=2,
-  heads=4,
-  kv_heads=4,
-  mlp_width=24,
-  rope_theta=1e4,
-  norm_eps=1e-5,
-  mask_id=MASK_ID,
-  eos_id=10,
-  pad_id=9,
-  max_length=16,
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Most of the time of these tests would go into optimising programs."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
-def tiny_logprob(params, tokens, token_mask, target, rows):
-  """A model of two matrices: each row sees itself and the canvas's mean."""
-  n, canvases, span = tokens.shape
-  h = params["embed"]["embedding"][tokens]  # [n, C, S, D]
-  seen = token_mask[:, None, :, None]
-  mean = (h * seen).sum(2, keepdims=True) / jnp.maximum(seen.sum(2), 1)[:, None]
-  h = jnp.tanh(h + mean + params["norm"]["scale"])
-  h = jnp.take_along_axis(
-    h.reshape(n, canvases * span, -1), rows[:, :, None], axis=1
-  )
-  logprob = jax.nn.log_softmax(h @ params["head"]["kernel"])
-  return jnp.take_along_axis(logprob, target[:, :, None], axis=2)[:, :, 0]
-
-
-def tiny_params(seed=0):
-  """Random parameters of `tiny_logprob`."""
-  a, b, c = jax.random.split(jax.random.key(seed), 3)
-  return {
-    "embed": {"embedding": jax.random.normal(a, (VOCABULARY, 6))},
-    "norm": {"scale": jax.random.normal(b, (2, 3)).reshape(6)},
-    "head": {"kernel": jax.random.normal(c, (6, VOCABULARY))},
-  }
-
-
-def transformer_params():
-  """Parameters of CONFIG, larger than fresh ones; nothing is compiled."""
-  shapes = jax.eval_shape(lambda: transformer.init(CONFIG, jax.random.key(0)))
-  rng = np.random.default_rng(3)
-
-  def one(path, leaf):
-    values = rng.standard_normal(leaf.shape) * 0.2
-    if path[-1].key == "scale":
-      values += 1
-    return jnp.asarray(values, jnp.float32)
-
-  return jax.tree_util.tree_map_with_path(one, shapes)
-
-
-def batch_of(seed=0, keep=None, normalize=True):
-  """A random batch; lengths 1 .. L, left-padded prompts."""
-  rng = np.random.default_rng(seed)
-  tokens = rng.integers(0, 11, (N, SPAN))
-  lengths = rng.integers(1, LENGTH + 1, N)
-  scored = np.arange(LENGTH) < lengths[:, None]
-  prompt = np.arange(PROMPT) >= rng.integers(0, PROMPT, N)[:, None]
-  rewards = rng.random((PROMPTS, GROUP))
-  advantage = objectives.group_advantages(rewards, normalize).reshape(-1)
-  keep = np.ones(N) if keep is None else np.asarray(keep)
-  return train_step.RolloutBatch(
-    tokens=jnp.asarray(tokens, jnp.int32),
-    token_mask=jnp.asarray(np.concatenate([prompt, scored], 1)),
-    completion_mask=jnp.asarray(scored),
-    advantage=jnp.asarray(advantage),
-    target=jnp.asarray(advantage / 2.0),
-    keep=jnp.asarray(keep, jnp.float32),
-  )
-
-
-def objective_of(**options):
-  """RSPO with lambda 2 nats per token unless said otherwise."""
-  default = dict(lambda_=2.0, lambda_unit="token", group_size=GROUP)
-  return objectives.ObjectiveSettings(
-    **(default | dict(draw_size=MASKS.draw_size) | options)
-  )
-
-
-# Compiles in a fraction of the default generator's time.
-KEY = jax.random.key(7, impl="unsafe_rbg")
-
-
-@functools.cache
-def estimate_of(micro_batch=N):
-  """Jitted estimate of the tiny model."""
-  settings = train_step.StepSettings(micro_batch)
-  return jax.jit(
-    train_step.make_estimate(tiny_logprob, MASK_ID, settings, MASKS)
-  )
-
-
-@functools.cache
-def update_of(objective, micro_batch=N, passes="auto", shards=1):
-  """Jitted update; plain descent of rate 1, so that params move by -grad."""
-  settings = train_step.StepSettings(micro_batch, passes, shards=shards)
-  optimizer = optax.sgd(1.0)
-  update = train_step.make_update(
-    tiny_logprob,
-    MASK_ID,
-    optimizer,
-    optax.constant_schedule(1.0),
-    settings,
-    MASKS,
-    objective,
-  )
-  return jax.jit(update), optimizer
-
-
-def gradient_of(objective, batch, micro_batch=N, passes="auto", shards=1):
-  """(gradient, metrics) of one update from other parameters than those of
-  the reference."""
-  update, optimizer = update_of(objective, micro_batch, passes, shards)
-  params, estimate = tiny_params(), estimate_of()
-  reference = estimate(tiny_params(1), batch, KEY)
-  policy = estimate(params, batch, KEY)
-  state = train_step.init_state(params, optimizer)
-  after, metrics = update(state, batch, KEY, reference, policy)
-  return jax.tree.map(lambda a, b: a - b, params, after.params), metrics
 
 
 @jax.jit
@@ -195,17 +77,6 @@ def brute_force(objective, batch):
   gap = gap - objective.lambda_ * (d - centre)
   weight = -np.where(keep, gap, 0.0) / keep.sum()
   return jax.tree.map(lambda g: np.tensordot(weight, g, 1), each)
-
-
-def assert_close(a, b, tolerance=1e-6):
-  """Trees agree within a share of the norm of the first."""
-  squares = lambda tree: sum(  # noqa: E731
-    np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree)
-  )
-  difference = jax.tree.map(
-    lambda x, y: np.asarray(x, np.float64) - np.asarray(y, np.float64), a, b
-  )
-  assert squares(difference) ** 0.5 <= tolerance * squares(a) ** 0.5
 
 
 @pytest.mark.parametrize("centring", schema.CENTRINGS)
@@ -575,6 +446,92 @@ def test_three_donated_updates_leave_the_reference_as_it_was():
   assert before == after
   assert moved[0] <= 1e-6 < moved[1] < moved[2]
   assert int(state.step) == 3
+
+
+def descendants(key, count=32):
+  """A key's words, its children's by `split` and small folds, and theirs."""
+  fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+  children = [fold(key, jnp.arange(count))]
+  children += [jax.random.split(key, parts) for parts in (2, 3, 4, 5)]
+  grandchildren = [fold(children[0][i], jnp.arange(count)) for i in range(4)]
+  keys = jnp.concatenate([key[None], *children, *grandchildren])
+  return {tuple(words) for words in jax.random.key_data(keys).tolist()}
+
+
+def test_no_key_of_a_step_is_derived_twice():
+  owner_of = {}
+  # With completions of older parameters two steps are under way at a time.
+  for step in (6, 7):
+    rollout = train_step.stream_key(3, step, train_step.ROLLOUT)
+    keys = {"rollout": rollout}
+    for index, key in enumerate(train_step.finish_keys(rollout, 3)):
+      keys[f"finish {index}"] = key
+    for update in range(4):
+      masks = keys[f"masks {update}"] = train_step.mask_key(3, step, update)
+      for name in ("_ROUNDING", "_SUMMING"):
+        fold = getattr(train_step, name)
+        keys[f"{name} {update}"] = jax.random.fold_in(masks, fold)
+    for name, key in keys.items():
+      for words in descendants(key):
+        owner = owner_of.setdefault(words, (step, name))
+        assert owner == (step, name)
+  # Those of the rollout and of the first update are the streams' own.
+  first = train_step.stream_key(3, 7, train_step.MASKS)
+  assert train_step.mask_key(3, 7) == first
+
+
+@pytest.mark.parametrize("count", (1, 16, 256))
+@pytest.mark.parametrize("sum_dtype", ("float32", "bfloat16"))
+def test_gradients_of_bfloat16_parameters_sum_to_those_of_float64(
+  sum_dtype, count
+):
+  # Sum over micro-batches of x_i, each as bfloat16 has it, beside numpy's.
+  width = 512
+  rng = np.random.default_rng(count)
+  x = jnp.asarray(1 + rng.standard_normal((count, width)), jnp.bfloat16)
+  objective = objectives.ObjectiveSettings("sft", group_size=1)
+
+  def logprob(params, tokens, token_mask, target, rows):
+    # What `likelihood.score` makes of it is linear: its weight is 1.
+    mine = x[tokens[:, 0, 0]].astype(jnp.float32)
+    value = mine @ params["kernel"].astype(jnp.float32)
+    return jnp.repeat(value[:, None], rows.shape[1], axis=1)
+
+  def taken(gradients, state, params=None):
+    return jax.tree.map(jnp.zeros_like, gradients), gradients
+
+  update = jax.jit(
+    train_step.make_update(
+      logprob,
+      MASK_ID,
+      optax.GradientTransformation(None, taken),
+      lambda count: 0.0,
+      train_step.StepSettings(1),
+      likelihood.LikelihoodSettings("uniform", 1),
+      objective,
+      sum_dtype=sum_dtype,
+    )
+  )
+  params = {"kernel": jnp.zeros(width, jnp.bfloat16)}
+  moments = {"kernel": jnp.zeros(width)}
+  state = train_step.TrainState(jnp.int32(0), params, moments)
+  zeros = jnp.zeros(count)
+  batch = train_step.RolloutBatch(
+    tokens=jnp.broadcast_to(jnp.arange(count)[:, None], (count, 2)),
+    token_mask=jnp.ones((count, 2), bool),
+    completion_mask=jnp.ones((count, 1), bool),
+    advantage=zeros,
+    target=zeros,
+    keep=zeros + 1,
+  )
+  state, _ = update(state, batch, KEY, None)
+  exact = -np.asarray(x, np.float64).mean(0)
+  found = np.asarray(state.opt_state["kernel"], np.float64)
+  error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+  along = found @ exact / (exact @ exact) - 1
+  # Each summand is a bfloat16: off by up to 2**-9 of itself.
+  assert error < 2.0**-8 + (sum_dtype == "bfloat16") * 0.002 * count**0.5
+  assert abs(along) < 0.002
 
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))

@@ -20,14 +20,6 @@ from rspo_jax.planning import compiler, flops
 from rspo_jax.planning.chips import parse
 from rspo_jax.run import program
 
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Most of the time of these tests would go into optimising programs."""
-  with tiny_runs.quick():
-    yield
-
-
 HEADS, KV_HEADS, DIM = 4, 2, 24
 
 

@@ -13,94 +13,14 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import tokenizers
+from tiny_folders import DREAM, LLADA, tensors_of, write_folder
 
 from rspo_jax.models import checkpoints, families, transformer
 from rspo_jax.models.families import published
 from rspo_jax.models.tokenizer import build_word_tokenizer
 
 MODELS = ("llada_tiny_A", "llada_tiny_gqa", "llada_tiny_bf16", "dream_tiny")
-
-LLADA = {
-  "model_type": "llada",
-  "activation_type": "silu",
-  "alibi": False,
-  "attention_layer_norm": False,
-  "attention_layer_norm_with_affine": True,
-  "bias_for_layer_norm": False,
-  "block_group_size": 1,
-  "block_type": "llama",
-  "d_model": 24,
-  "embedding_size": 40,
-  "eos_token_id": 31,
-  "include_bias": False,
-  "include_qkv_bias": False,
-  "input_emb_norm": False,
-  "layer_norm_type": "rms",
-  "layer_norm_with_affine": True,
-  "mask_token_id": 30,
-  "max_sequence_length": 64,
-  "mlp_hidden_size": 36,
-  "mlp_ratio": 2,
-  "multi_query_attention": None,
-  "n_heads": 6,
-  "n_kv_heads": 3,
-  "n_layers": 3,
-  "pad_token_id": 32,
-  "rms_norm_eps": 1e-3,
-  "rope": True,
-  "rope_theta": 100.0,
-  "scale_logits": False,
-  "vocab_size": 33,
-  "weight_tying": False,
-}
-DREAM = {
-  "model_type": "Dream",
-  "eos_token_id": 31,
-  "hidden_act": "silu",
-  "hidden_size": 24,
-  "intermediate_size": 36,
-  "mask_token_id": 30,
-  "max_position_embeddings": 64,
-  "num_attention_heads": 6,
-  "num_hidden_layers": 2,
-  "num_key_value_heads": 2,
-  "pad_token_id": 31,
-  "rms_norm_eps": 1e-6,
-  "rope_scaling": None,
-  "rope_theta": 1e4,
-  "tie_word_embeddings": False,
-  "use_mrope": False,
-  "use_sliding_window": False,
-  "vocab_size": 40,
-}
-
-
-def tensors_of(config, seed=0, dtype=np.float32):
-  """Random tensors under the names and shapes that a config calls for."""
-  rng = np.random.default_rng(seed)
-  return {
-    name: (rng.standard_normal(leaf.tensor_shape) / 4).astype(dtype)
-    for leaf in checkpoints.leaves(families.from_hf(config))
-    for name in leaf.names
-  }
-
-
-def write_folder(folder: pathlib.Path, config, tensors, shards=1):
-  """A checkpoint folder as the hub has it, written by `safetensors`."""
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "config.json").write_text(json.dumps(config))
-  if shards == 1:
-    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    return folder
-  weight_map = {}
-  for i in range(shards):
-    file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-    part = dict(list(tensors.items())[i::shards])
-    safetensors.numpy.save_file(part, folder / file)
-    weight_map |= dict.fromkeys(part, file)
-  index = {"metadata": {}, "weight_map": weight_map}
-  (folder / checkpoints.INDEX).write_text(json.dumps(index))
-  return folder
 
 
 def read_folder(folder: pathlib.Path):
@@ -829,6 +749,71 @@ def test_ids_that_the_config_leaves_out_come_from_the_tokenizer():
   ids = {"mask_token_id": 7, "pad_token_id": 8, "eos_token_id": 9}
   model = families.from_hf(config, ids)
   assert (model.mask_id, model.pad_id, model.eos_id) == (7, 8, 31)
+
+
+def test_ids_that_the_embedding_has_no_row_for_are_refused(tmp_path):
+  tokenizer = build_word_tokenizer([*"0123456789"], r"[\s\S]")
+  config = DREAM | {"mask_token_id": 10, "eos_token_id": 11}
+  config |= {"pad_token_id": 11, "vocab_size": 13}
+  write_folder(tmp_path, config, tensors_of(config))
+  tokenizer.save(tmp_path)
+  assert checkpoints.load_config(tmp_path).config.vocab_size == 13
+  backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  backend.add_tokens(["<new>", "<newer>"])
+  backend.save(str(tmp_path / "tokenizer.json"))
+  message = "'<newer>' the id 13, but the embedding has 13 rows .1 tokens"
+  with pytest.raises(checkpoints.UnsupportedConfig, match=message):
+    checkpoints.load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("source", "changes", "expected"),
+  [
+    (DREAM, {"rope_parameters": {"rope_theta": 1e4}}, 1e4),
+    (
+      DREAM,
+      {"rope_parameters": {"rope_theta": 1e6}},
+      "rope_parameters.*rope_theta=10000",
+    ),
+    (
+      DREAM,
+      {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e6}},
+      1e6,
+    ),
+    (
+      LLADA,
+      {
+        "rope_theta": ...,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 9},
+      },
+      9.0,
+    ),
+    (LLADA, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+    (
+      DREAM,
+      {"rope_parameters": {"rope_type": "default", "factor": 4}},
+      "rope_parameters",
+    ),
+    *(
+      (source, {"rope_parameters": {"rope_type": kind, "factor": 4.0}}, kind)
+      for source in (LLADA, DREAM)
+      for kind in ("linear", "dynamic", "yarn", "longrope", "llama3")
+    ),
+    (DREAM, {"rope_parameters": {"full": {"rope_theta": 1e4}}}, "full"),
+    (DREAM, {"rope_parameters": 3}, "rope_parameters=3"),
+    (DREAM, {"rope_theta": ...}, "no rope_theta"),
+    (DREAM, {"rope_parameters": {"rope_theta": None}}, "rope_theta=None"),
+  ],
+)
+def test_the_rotation_of_either_generation_of_configs_is_honoured_or_refused(
+  source, changes, expected
+):
+  config = {k: v for k, v in (source | changes).items() if v is not ...}
+  if isinstance(expected, float):
+    assert families.from_hf(config).rope_theta == expected
+    return
+  with pytest.raises(families.UnsupportedConfig, match=expected):
+    families.from_hf(config)
 
 
 def test_unknown_files_beside_the_checkpoint_do_not_matter(tmp_path):

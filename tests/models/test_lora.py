@@ -9,45 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from test_hf_weights import DREAM, LLADA, tensors_of, write_folder
+from tiny_folders import (
+  BLOCK,
+  DREAM,
+  LLADA,
+  SEVEN,
+  llada_modules,
+  peft_folder,
+  tensors_of,
+  write_folder,
+)
 
 from rspo_jax.models import adapters, checkpoints, families, lora, transformer
 from rspo_jax.models.lora import LoraSettings
 from rspo_jax.run import program as program_lib
 
-SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 SEVEN += ["gate_proj"]
-BLOCK = "model.transformer.blocks.{}.{}"
-
-
-def peft_folder(folder, base_tensors, modules, rank=2, **changes):
-  """An adapter folder as PEFT writes it, with random A and B."""
-  rng = np.random.default_rng(5)
-  tensors = {}
-  for module in modules:
-    outputs, inputs = base_tensors[f"{module}.weight"].shape
-    for letter, shape in (("A", (rank, inputs)), ("B", (outputs, rank))):
-      matrix = rng.standard_normal(shape).astype(np.float32)
-      tensors[f"base_model.model.{module}.lora_{letter}.weight"] = matrix
-  config = {
-    "peft_type": "LORA",
-    "r": rank,
-    "lora_alpha": 3,
-    "lora_dropout": 0.05,
-    "target_modules": SEVEN,
-    "bias": "none",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": "GSAI-ML/LLaDA-8B-Instruct",
-  }
-  folder.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
-  (folder / "adapter_config.json").write_text(json.dumps(config | changes))
-  return tensors
-
-
-def llada_modules(names=("q_proj", "k_proj", "v_proj", "up_proj")):
-  """Modules of every layer of the tiny LLaDA."""
-  return [BLOCK.format(i, n) for i in range(LLADA["n_layers"]) for n in names]
 
 
 def merged_by_hand(base_tensors, adapter_tensors, scale):
@@ -376,6 +353,15 @@ def test_an_adapter_of_another_model_is_told(adapter_folder):
     ("init_lora_weights", "pissa"),
     ("layers_to_transform", [0]),
     ("fan_in_fan_out", True),
+    ("megatron_config", {"tensor_model_parallel_size": 2}),
+    ("arrow_config", {"top_k": 2}),
+    ("an_option_of_tomorrow", 0.5),
+    ("use_rslora", "yes"),
+    ("target_modules", "*q_proj"),
+    ("target_modules", "(.*.*)*x"),
+    ("target_modules", [3]),
+    ("exclude_modules", "*q_proj"),
+    ("exclude_modules", {"q_proj": 1}),
     ("r", None),
     ("lora_alpha", "16"),
   ],
@@ -389,6 +375,31 @@ def test_options_that_compute_something_else_are_refused(
   name = {"r": "rank", "lora_alpha": "adapter_config"}.get(key, key)
   with pytest.raises(checkpoints.UnsupportedConfig, match=name):
     load(adapter_folder)
+
+
+def test_options_that_switch_nothing_on_pass(adapter_folder):
+  file = adapter_folder / "adapter_config.json"
+  config = json.loads(file.read_text())
+  config |= {f"tomorrow_{i}": v for i, v in enumerate((None, False, [], {}))}
+  # What PEFT 0.18 writes beside them.
+  config |= {"peft_version": "0.18.0", "megatron_core": "megatron.core"}
+  config |= {"qalora_group_size": 16, "loftq_config": {}, "revision": None}
+  file.write_text(json.dumps(config))
+  assert load(adapter_folder)[0].rank == config["r"]
+
+
+@pytest.mark.parametrize(
+  "excluded", [["model.transformer.ff_out"], r"model\.transformer\.ff_out"]
+)
+def test_a_module_that_is_excluded_needs_no_tensor(tmp_path, excluded):
+  peft_folder(
+    tmp_path,
+    tensors_of(LLADA),
+    llada_modules(("q_proj", "ff_out")),
+    target_modules=["q_proj", "ff_out"],
+    exclude_modules=excluded,
+  )
+  assert load(tmp_path)[0].targets == ("query", "down")
 
 
 def test_folders_that_are_no_adapter_say_so(adapter_folder):

@@ -44,15 +44,6 @@ DREAM = dataclasses.replace(
 CONFIGS = {"plain": PLAIN, "everything": EVERYTHING, "dream": DREAM}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Most of the time of these tests would go into optimising programs."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
-
-
 @functools.cache
 def params_of(config):
   """Random parameters of order one everywhere, biases and norms included."""

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
-from rspo_jax.algorithm import scoring
 from rspo_jax.devices import sharding
 from rspo_jax.models import adapters, lora
 from rspo_jax.planning import (
@@ -277,30 +276,6 @@ def test_an_adapter_that_a_run_starts_from_is_planned_as_one(
   # The reference keeps the adapter that the run started from.
   more = held["frozen weights"] - new["frozen weights"]
   assert more == pytest.approx(held["adapter"])
-
-
-@pytest.mark.parametrize("ratio", ["", "updates", "sampler"])
-@pytest.mark.parametrize("two_passes", [False, True])
-@pytest.mark.parametrize("shared_base", [False, True])
-@pytest.mark.parametrize("updates", [1, 3])
-def test_calls_outside_the_updates_cost_all_that_the_loop_scores_there(
-  ratio, two_passes, shared_base, updates
-):
-  scores = scoring.ScorePlan(
-    updates=updates,
-    masks=4,
-    uses_reference=True,
-    ratio=ratio,
-    two_passes=two_passes,
-    shared_base=shared_base,
-    early=True,
-  )
-  forwards = updates * (ratio == "sampler")
-  for update in range(updates):
-    needed = scores.before(update)
-    forwards += needed.reference + needed.policy + scores.policy_again(update)
-  each = 2 if scores.before(0).together else 1
-  assert scores.calls == -(-forwards // each)
 
 
 def test_runs_that_differ_in_a_programs_shapes_share_no_answer(monkeypatch):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_train_step as steps
 import tiny_runs
+import tiny_steps as steps
 
 import rspo_jax
 from rspo_jax import main
@@ -17,13 +17,6 @@ from rspo_jax.models import adapters, lora, transformer
 from rspo_jax.run import program as program_lib
 
 SETTINGS = lora.LoraSettings(rank=2, alpha=4.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilation():
-  """Compiles fast, and once for all runs with the same settings."""
-  with tiny_runs.quick():
-    yield
 
 
 def random_adapter(seed):

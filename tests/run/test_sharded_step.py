@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import test_train_step as steps
+import tiny_steps as steps
 
 from rspo_jax.algorithm import likelihood, train_step
 from rspo_jax.devices import sharding

@@ -10,7 +10,8 @@ import pytest
 
 from rspo_jax import main
 from rspo_jax.config import schema
-from rspo_jax.tasks import base, find, gym, own, workers
+from rspo_jax.devices import workers
+from rspo_jax.tasks import base, find, gym, own
 
 HERE = importlib.util.find_spec("reasoning_gym") is not None
 needs_gym = pytest.mark.skipif(

@@ -12,9 +12,10 @@ import pytest
 
 from rspo_jax import tasks
 from rspo_jax.config import identity, load, schema
+from rspo_jax.devices import workers
+from rspo_jax.devices.workers import Outcome
 from rspo_jax.run import data, rollout
-from rspo_jax.tasks import base, own, workers
-from rspo_jax.tasks.workers import Outcome
+from rspo_jax.tasks import base, own
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -233,7 +234,13 @@ class TestPrompts:
     chat = dataclasses.replace(plain, template=template)
     task, row = tasks.find("json:loads"), {"prompt": "Why?"}
     assert data.prompt_text(task, row, "compact", chat) == "Why?"
-    assert data.prompt_text(task, row, "chat", plain) == "Why?"
+    with pytest.raises(data.DataError, match="chat_template"):
+      data.prompt_text(task, row, "chat", plain)
+    empty = dataclasses.replace(plain, template="{{ messages[0].text }} ")
+    with pytest.raises(data.DataError, match="makes nothing of 'Why"):
+      data.prompt_text(task, row, "chat", empty)
+    bare = data.prompt_text(task, row, "d1", plain)
+    assert bare == task.prompt(row, "d1")
     found = data.prompt_text(task, row, "chat", chat)
     assert found == "<user>Why?<assistant>"
     found = data.prompt_text(task, row, "d1", chat)

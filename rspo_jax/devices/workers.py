@@ -3,7 +3,7 @@
 For verifiers that cannot be trusted to come back: symbolic comparison, and
 rewards that users bring.
 
-1. Each worker is `python -m rspo_jax.workers MODULE:FUNCTION ...`, a process and
+1. Each worker is `python -m rspo_jax.devices.workers MODULE:FUNCTION ...`, a process and
    a session of its own, so that Ctrl-C does not reach it. (A fork would carry
    JAX's locks along, and a spawned `multiprocessing` child runs the caller's
    script again.)
@@ -205,7 +205,7 @@ class _Worker:
       "OPENBLAS_NUM_THREADS": "1",
       "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "rspo_jax.tasks.workers", target]
+    command = [sys.executable, "-m", "rspo_jax.devices.workers", target]
     command += [repr(limits.time_s), repr(limits.cpu_s)]
     command += [str(limits.memory_bytes), str(os.getpid())]
     try:

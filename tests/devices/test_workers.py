@@ -9,8 +9,13 @@ import time
 
 import pytest
 
-from rspo_jax.tasks import workers
-from rspo_jax.tasks.workers import FunctionError, Limits, Workers, WorkersError
+from rspo_jax.devices import workers
+from rspo_jax.devices.workers import (
+  FunctionError,
+  Limits,
+  Workers,
+  WorkersError,
+)
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What the workers call; imported there only.
@@ -202,7 +207,7 @@ def test_a_hanging_call_takes_its_children_along(tmp_path, monkeypatch):
 def test_no_worker_outlives_a_parent_that_is_killed(call_, functions):
   code = f"""
 import sys; sys.path.insert(0, {str(functions)!r})
-from rspo_jax.tasks.workers import *
+from rspo_jax.devices.workers import *
 import threading, time
 pool = Workers("worked:any_of", 1, Limits(time_s=0.5))
 print(pool.map([("pid",)])[0].value, flush=True)
