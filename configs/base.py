@@ -6,12 +6,12 @@ files state only differences. `--config.GROUP.KEY=VALUE` overrides one.
 
 import ml_collections
 
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the defaults of every key."""
-  return ml_collections.ConfigDict(schema.plain())
+  return ml_collections.ConfigDict(keys.plain(schema.Config()))
 
 
 # Switches that say what is trained: they set the stage for all others.

@@ -73,9 +73,9 @@ def check(words, monkeypatch):
     assert importlib.util.find_spec(module), module
     if module == "rspo_jax.main":
       check_main(rest)
-    elif module == "rspo_jax.tools.demo.demo":
+    elif module == "rspo_jax.demo":
       demo.parse(rest)
-    elif module == "rspo_jax.tools.report.report":
+    elif module == "rspo_jax.report":
       report.parse(rest)
   elif program == "python":
     name, rest = rest[0], rest[1:]

@@ -11,7 +11,7 @@ import stat
 import tempfile
 from typing import Any
 
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 from rspo_jax.storage import mirror
 
 CONFIG = "config.json"
@@ -191,7 +191,7 @@ def read_config(folder) -> dict | None:
 
 def defaults() -> dict[str, Any]:
   """Default of every key."""
-  return flat(schema.plain())
+  return flat(keys.plain(schema.Config()))
 
 
 def changed_keys(old: dict, new: dict) -> list[str]:
