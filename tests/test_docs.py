@@ -12,7 +12,7 @@ import pytest
 
 from configs import base
 from rspo_jax.config import identity, load
-from rspo_jax.planning import plan
+from rspo_jax.planning import command
 from rspo_jax.reporting import trackers
 from rspo_jax.run import rules
 from rspo_jax.tools.demo import demo
@@ -85,7 +85,7 @@ def check(words, monkeypatch):
       parse = {
         "launch/report.py": report.PARSER.read,
         "launch/sweep.py": sweep.PARSER.read,
-        "launch/plan.py": plan.parse,
+        "launch/plan.py": command.parse,
       }.get(name)
       if parse:
         parse(rest)

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from rspo_jax.config import load
-from rspo_jax.planning import plan
+from rspo_jax.planning import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -427,7 +427,7 @@ def test_every_command_of_the_guide_is_one_that_works(stand_ins, monkeypatch):
       load.parse(["x", *arguments[2:]])
       checked.add("main")
     elif arguments[:1] == ["launch/plan.py"]:
-      plan.parse(arguments[1:])
+      command.parse(arguments[1:])
       checked.add("plan")
     else:
       assert program in ("gcloud", "hf", "export", ".venv/bin/python"), words

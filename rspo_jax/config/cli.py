@@ -150,7 +150,9 @@ class Parser:
       if word.startswith("-"):
         known = [option.flag for option in named]
         if takes_overrides:
-          known += [f"--config.{name}" for name, _, _ in keys.walk(schema.Config())]
+          known += [
+            f"--config.{name}" for name, _, _ in keys.walk(schema.Config())
+          ]
         near = names.did_you_mean(word.partition("=")[0], known, str)
         raise ValueError(f"{word} is not an option; {near}see --help.")
       if not places:

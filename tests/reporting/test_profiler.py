@@ -100,8 +100,8 @@ def test_where_libtpu_is_loaded_without_a_tpu_the_run_goes_on(tmp_path):
   pytest.importorskip("libtpu")
   _in_new_process(
     """
-from rspo_jax.planning import chips, planner
-planner.topology_devices(chips.parse("v5e:2x2"))
+from rspo_jax.planning import chips, compiler
+compiler.topology_devices(chips.parse("v5e:2x2"))
 """
     + _TRACE
     + """
