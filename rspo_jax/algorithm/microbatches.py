@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 
 PASSES = ("auto", "one", "two")
 
@@ -20,7 +20,7 @@ class StepSettings(schema.Train):
   shards: int = 1
 
   def __post_init__(self):
-    schema.check(self, "train.")
+    keys.check(self, "train.")
 
 
 class MicroBatches:

@@ -32,7 +32,7 @@ import numpy as np
 from rspo_jax.algorithm import advantages, baselines
 from rspo_jax.algorithm.baselines import mean as _mean
 from rspo_jax.algorithm.types import Terms
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ObjectiveSettings(schema.Objective):
   draw_size: int = 1
 
   def __post_init__(self):
-    schema.check(self, "objective.")
+    keys.check(self, "objective.")
 
 
 def _std(x, keep):

@@ -9,7 +9,7 @@ import optax
 
 from rspo_jax.algorithm import rounding
 from rspo_jax.algorithm.types import TrainState
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -21,7 +21,7 @@ class OptimizerSettings(schema.Optimizer):
   total_steps: int = 1
 
   def __post_init__(self):
-    schema.check(self, "optimizer.")
+    keys.check(self, "optimizer.")
 
 
 def schedule(settings: OptimizerSettings) -> Callable:

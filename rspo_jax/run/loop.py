@@ -30,7 +30,7 @@ from rspo_jax.run import settings as settings_lib
 from rspo_jax.run import workdir as workdir_lib
 from rspo_jax.run.runs import Interrupted, Run
 from rspo_jax.run.state import RunState
-from rspo_jax.storage import mirror
+from rspo_jax.storage import files, mirror
 from rspo_jax.storage.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -324,7 +324,7 @@ def evaluate_only(run: Run, source: str) -> int:
       return INTERRUPTED
     line |= values | {"by_difficulty": run.state.by_difficulty}
     if run.main_process:
-      workdir_lib.write_json(folder / f"{stem.name}.json", line)
+      files.write_json(folder / f"{stem.name}.json", line)
       print(json.dumps(line), flush=True)
       if settings.eval.d1_files:
         texts = [row["completion"] for row in greedy.rows]
@@ -337,7 +337,7 @@ def evaluate_only(run: Run, source: str) -> int:
           source,
         )
         (folder / "d1" / evaluation.name).mkdir(parents=True, exist_ok=True)
-        workdir_lib.write_json(folder / "d1" / evaluation.name / name, document)
+        files.write_json(folder / "d1" / evaluation.name / name, document)
   if run.main_process and len(settings.evaluations) > 1:
     run.writer.table(tables.table(tables.read([folder])))
   return DONE

@@ -20,7 +20,7 @@ def open_checkpoints(run: Run) -> Checkpointer:
   return Checkpointer(
     run.home.address / "checkpoints",
     keep_last=settings.keep_checkpoints,
-    keep_every=settings.keep_every or None,
+    keep_every=settings.keep_every,
     keep_best=settings.keep_best,
   )
 

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 from rspo_jax.run import samplers
 from rspo_jax.storage import mirror
 
@@ -31,8 +31,8 @@ def check_early(config) -> schema.Config:
   Raises:
     ValueError: names key, value and remedy.
   """
-  c = schema.typed(config.to_dict())
-  schema.check_values(c)
+  c = keys.typed(config.to_dict(), schema.Config)
+  keys.check_values(c)
   for rule in EARLY:
     rule(c)
   return c
@@ -84,10 +84,10 @@ def loggers_are_known(c: schema.Config) -> None:
 
 def samplers_fit_together(c: schema.Config) -> None:
   """Options of the sampler, in training and in evaluation."""
-  schema.check_names(c.sampler, "sampler.")
-  samplers.rollout_sampler(c)
+  keys.check_names(c.sampler, "sampler.")
+  samplers.of_rollouts(c)
   length = c.eval.completion_length or c.sampler.completion_length
-  samplers.eval_sampler(c, length, c.eval.temperature)
+  samplers.of_evaluation(c, length, c.eval.temperature)
 
 
 def what_is_scored_was_sampled(c: schema.Config) -> None:
@@ -180,7 +180,7 @@ def resolve_model_path(path: str) -> str:
   """A folder for `model.path`; "embedded:NAME" becomes the package's own."""
   if path.startswith(EMBEDDED):
     name = path.removeprefix(EMBEDDED)
-    schema.one_of("model.path", path, [EMBEDDED + n for n in embedded_names()])
+    keys.one_of("model.path", path, [EMBEDDED + n for n in embedded_names()])
     return str(_CHECKPOINTS / name)
   if not path or "://" in path:
     return path
@@ -217,8 +217,8 @@ def the_task_has_these_names(c: schema.Config) -> None:
   """Prompt style and rewarded parts are the task's."""
   task = _task(c)
   for part in c.task.reward_weights:
-    schema.one_of("part of task.reward_weights", part, task.weights)
-  schema.one_of("task.prompt_style", c.task.prompt_style, task.styles)
+    keys.one_of("part of task.reward_weights", part, task.weights)
+  keys.one_of("task.prompt_style", c.task.prompt_style, task.styles)
 
 
 def the_test_split_chooses_nothing(c: schema.Config) -> None:

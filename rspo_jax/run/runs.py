@@ -21,7 +21,7 @@ from rspo_jax.run.data import PromptBatch
 from rspo_jax.run.program import Program
 from rspo_jax.run.settings import Settings
 from rspo_jax.run.state import RunState
-from rspo_jax.storage import mirror
+from rspo_jax.storage import files, mirror
 
 
 class Interrupted(Exception):
@@ -117,9 +117,7 @@ class Run:
     if not self.main_process:
       return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-      for row in rows:
-        file.write(json.dumps(row) + "\n")
+    files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
   def mirror(self) -> None:
     """Brings a run's folder in a bucket up to date.

@@ -1,10 +1,13 @@
-"""How rollouts and evaluations sample, from the keys; without JAX."""
+"""The samplers of a config: of training rollouts and of evaluations.
+
+Without JAX, so that options which do not fit together are refused at once.
+"""
 
 from rspo_jax.config import schema
-from rspo_jax.sampling import sampler_settings
+from rspo_jax.sampling.sampler_settings import SamplerSettings, validate
 
 
-def rollout_sampler(c: schema.Config) -> sampler_settings.SamplerSettings:
+def of_rollouts(c: schema.Config) -> SamplerSettings:
   """How training rollouts are sampled."""
   keys = c.sampler
   steps = keys.steps or keys.completion_length
@@ -12,9 +15,9 @@ def rollout_sampler(c: schema.Config) -> sampler_settings.SamplerSettings:
   return _sampler(keys, *shape, c.rollout.temperature, "sampler")
 
 
-def eval_sampler(
+def of_evaluation(
   c: schema.Config, length: int, temperature: float
-) -> sampler_settings.SamplerSettings:
+) -> SamplerSettings:
   """How an evaluation at a completion length samples."""
   keys, own = c.sampler, c.eval
   block = own.block_length or min(keys.block_length, length)
@@ -25,9 +28,9 @@ def eval_sampler(
 
 def _sampler(
   keys: schema.Sampler, length, block, steps, temperature, group
-) -> sampler_settings.SamplerSettings:
+) -> SamplerSettings:
   """The sampler's options at a length; errors name the keys of the group."""
-  result = sampler_settings.SamplerSettings(
+  result = SamplerSettings(
     completion_length=length,
     block_length=block,
     steps=steps,
@@ -45,7 +48,7 @@ def _sampler(
     order_temperature=keys.order_temperature,
   )
   try:
-    sampler_settings.validate(result)
+    validate(result)
   except ValueError as error:
     # Evaluation has keys of its own for these.
     text = str(error)

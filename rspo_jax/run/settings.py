@@ -19,7 +19,7 @@ from rspo_jax.algorithm import (
   optimizer,
   scoring,
 )
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 from rspo_jax.devices import sharding, workers
 from rspo_jax.models import lora
 from rspo_jax.run import rules, samplers
@@ -103,7 +103,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     ValueError: names the first key that cannot be, its value and a remedy.
   """
   c = rules.check_early(config)
-  schema.check_names(c)
+  keys.check_names(c)
   rules.check_before_cutting(c, planning)
   settings = _cut(c, _shards(c.mesh, devices))
   rules.check_settings(c, settings)
@@ -112,7 +112,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
 
 def _cut(c: schema.Config, shards: int) -> Settings:
   """The settings of a config whose keys are fine one by one."""
-  sampler = samplers.rollout_sampler(c)
+  sampler = samplers.of_rollouts(c)
   length = c.eval.completion_length or c.sampler.completion_length
   masks = _likelihood_settings(c, sampler)
   objective = _derived(
@@ -133,8 +133,8 @@ def _cut(c: schema.Config, shards: int) -> Settings:
     data=c.data,
     rollout=c.rollout,
     sampler=sampler,
-    greedy=samplers.eval_sampler(c, length, 0.0),
-    sampled=samplers.eval_sampler(c, length, c.eval.temperature),
+    greedy=samplers.of_evaluation(c, length, 0.0),
+    sampled=samplers.of_evaluation(c, length, c.eval.temperature),
     likelihood=masks,
     objective=objective,
     optimizer=_derived(
@@ -332,10 +332,10 @@ def _sampler_changes(text: str) -> dict[str, Any]:
   for part in text.split("+"):
     key, equals, value = part.strip().partition("=")
     if not equals:
-      schema.one_of("the part", key, names)
+      keys.one_of("the part", key, names)
       changes[names[key]] = key
       continue
-    schema.one_of("the number", key, numbers)
+    keys.one_of("the number", key, numbers)
     try:
       changes[key] = numbers[key](value)
     except ValueError as error:
@@ -366,7 +366,7 @@ def _evaluations(c: schema.Config, length: int) -> tuple[Evaluation, ...]:
     lengths or [length], specs or [""], seeds or [c.run.seed]
   ):
     pair = [
-      samplers.eval_sampler(c, own_length, t) for t in (0.0, e.temperature)
+      samplers.of_evaluation(c, own_length, t) for t in (0.0, e.temperature)
     ]
     if spec:
       try:
