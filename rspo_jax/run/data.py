@@ -15,7 +15,7 @@ prompt length, L completion length.
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -194,6 +194,12 @@ class Prompts:
     padding = tokens.shape[1] - self._length[indices]
     return tokens, np.arange(tokens.shape[1]) >= padding[:, None]
 
+  def batch(self, indices: np.ndarray) -> PromptBatch:
+    """Returns some examples with their prompts."""
+    tokens, mask = self.rows(indices)
+    picked = [self.examples[i] for i in indices.tolist()]
+    return PromptBatch(tokens, mask, picked, self.cut[indices])
+
 
 class _Order:
   """The endless order of examples: every epoch reads each once.
@@ -230,16 +236,12 @@ class _Order:
 class Batches:
   """Batches by step: `batches[t]` is a function of (seed, t) alone.
 
-  Iterating starts at `start_step` and never ends. `dataset` is the same as a
-  Grain dataset, for those who want to go on from it.
-
   Args:
-    prompts: of the split.
-    make: (prompts, indices i64 [b], positions i64 [b]) -> batch; a position
-      counts examples from the start of the run, over all epochs.
+    make: (indices i64 [b], positions i64 [b]) -> batch; a position counts
+      examples from the start of the run, over all epochs.
+    count: examples of the split.
     batch_size: B, over all processes.
     seed: of the order.
-    start_step: where iteration begins.
     rows: i64 [b], places in a batch of those that this process wants
       (`sharding.Split.held`); None: all.
     shuffle: whether to shuffle each epoch.
@@ -247,12 +249,11 @@ class Batches:
 
   def __init__(
     self,
-    prompts: Prompts,
-    make: Callable[[Prompts, np.ndarray, np.ndarray], Any],
+    make: Callable[[np.ndarray, np.ndarray], Any],
+    count: int,
     batch_size: int,
     seed: int,
     *,
-    start_step: int = 0,
     rows: np.ndarray | None = None,
     shuffle: bool = True,
   ):
@@ -264,35 +265,27 @@ class Batches:
       raise DataError(
         f"row {outside[0]} must be in 0..{batch_size - 1}, the rows of a batch."
       )
-    self._prompts = prompts
     self._make = make
     self._batch_size = batch_size
     self._rows = rows
-    self._start_step = start_step
     if not 0 <= seed < 2**32:
       raise DataError(f"data seed {seed} must be in 0..2^32-1.")
-    self._order = _Order(len(prompts), seed, shuffle)
+    self._order = _Order(count, seed, shuffle)
     # Imported here: it takes most of a second, which a first line of output or
     # a verifier should not wait for.
     import grain
 
-    self.dataset = grain.MapDataset.range(_ENDLESS).map(self._batch)
+    self._dataset = grain.MapDataset.range(_ENDLESS).map(self._batch)
 
   def _batch(self, step: int):
     positions = int(step) * self._batch_size + self._rows
-    return self._make(self._prompts, self._order.indices(positions), positions)
+    return self._make(self._order.indices(positions), positions)
 
   def __getitem__(self, step: int):
     """Returns this process's share of the batch of a step."""
     if not 0 <= step < _ENDLESS:
       raise IndexError(f"step {step} must be in 0..{_ENDLESS - 1}")
-    return self.dataset[step]
-
-  def __iter__(self) -> Iterator[Any]:
-    step = self._start_step
-    while True:
-      yield self[step]
-      step += 1
+    return self._dataset[step]
 
 
 class Ahead:
@@ -336,70 +329,18 @@ class Ahead:
 
 
 def prompt_batches(
-  examples: Sequence[base.Example],
-  prompt: Callable[[base.Example], str],
-  encode: Callable[[str], Sequence[int]],
-  batch_size: int,
-  seed: int,
-  *,
-  prompt_length: int,
-  pad_id: int,
-  long_prompts: str = "refuse",
-  user_text: Callable[[base.Example], str] | None = None,
-  **placement,
+  prompts: Prompts, batch_size: int, seed: int, **placement
 ) -> Batches:
-  """Returns batches of prompts for rollouts.
+  """Returns batches of prompts for rollouts: `Batches` of `PromptBatch`.
 
   Args:
-    examples: see `load_examples`.
-    prompt: example -> text of the prompt.
-    encode: text -> token ids.
-    batch_size: B, over all processes.
-    seed: of the order.
-    prompt_length: P.
-    pad_id: fills the left of shorter prompts.
-    long_prompts, user_text: as in `Prompts`.
-    **placement: start_step, rows and shuffle of `Batches`.
-
-  Returns:
-    `Batches` of `PromptBatch`.
+    prompts: of the split.
+    batch_size, seed, **placement: as of `Batches`.
   """
-
-  def make(prompts, indices, positions):
-    del positions
-    tokens, mask = prompts.rows(indices)
-    picked = [examples[i] for i in indices.tolist()]
-    return PromptBatch(tokens, mask, picked, prompts.cut[indices])
-
-  prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
+  return Batches(
+    lambda indices, positions: prompts.batch(indices),
+    len(prompts),
+    batch_size,
+    seed,
+    **placement,
   )
-  return Batches(prompts, make, batch_size, seed, **placement)
-
-
-def encode_prompts(
-  examples: Sequence[base.Example],
-  prompt: Callable[[base.Example], str],
-  encode: Callable[[str], Sequence[int]],
-  prompt_length: int,
-  pad_id: int,
-  long_prompts: str = "refuse",
-) -> PromptBatch:
-  """Tokenises all prompts in the order given (evaluation).
-
-  Args:
-    examples: n examples.
-    prompt: example -> text of the prompt.
-    encode: text -> token ids.
-    prompt_length: P.
-    pad_id: fills the left of shorter prompts.
-    long_prompts: as in `Prompts`.
-
-  Raises:
-    DataError: a prompt longer than P that is to be refused.
-  """
-  prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts
-  )
-  tokens, mask = prompts.rows(np.arange(len(examples)))
-  return PromptBatch(tokens, mask, examples, prompts.cut)

@@ -98,20 +98,15 @@ class _Answers:
 
 
 def demonstration_batches(
-  examples: Sequence[base.Example],
+  prompts: Prompts,
   task: base.Task,
-  prompt: Callable[[base.Example], str],
   encode: Callable[[str], Sequence[int]],
   batch_size: int,
   seed: int,
   *,
-  prompt_length: int,
   completion_length: int,
-  pad_id: int,
   eos_id: int,
   corrupt_share: float = 0.0,
-  long_prompts: str = "refuse",
-  user_text: Callable[[base.Example], str] | None = None,
   **placement,
 ) -> Batches:
   """Returns batches of demonstrations for supervised training.
@@ -120,19 +115,15 @@ def demonstration_batches(
   so it differs from epoch to epoch and not between process counts.
 
   Args:
-    examples: see `load_examples`.
+    prompts: of the split.
     task: gives `demonstration` and `corrupt`.
-    prompt: example -> text of the prompt.
     encode: text -> token ids.
     batch_size: B, over all processes.
     seed: of the order and of the corruption.
-    prompt_length: P.
     completion_length: L.
-    pad_id: fills the left of shorter prompts.
     eos_id: fills the right of shorter completions.
     corrupt_share: expected share of corrupt demonstrations, 0..1.
-    long_prompts, user_text: as in `Prompts`.
-    **placement: start_step, rows and shuffle of `Batches`.
+    **placement: rows and shuffle of `Batches`.
 
   Returns:
     `Batches` of `DemonstrationBatch`.
@@ -149,16 +140,19 @@ def demonstration_batches(
   if not 0.0 <= corrupt_share <= 1.0:
     raise DataError(f"corrupt_share={corrupt_share} must be in 0..1.")
   answers = _Answers(
-    examples, task, encode, completion_length, eos_id, corrupt_share, seed
+    prompts.examples,
+    task,
+    encode,
+    completion_length,
+    eos_id,
+    corrupt_share,
+    seed,
   )
 
-  def make(prompts, indices, positions):
+  def make(indices, positions):
     tokens, mask = prompts.rows(indices)
     completion, corrupt = answers.rows(indices, positions)
     cut = prompts.cut[indices]
     return DemonstrationBatch(tokens, mask, completion, corrupt, cut)
 
-  prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
-  )
-  return Batches(prompts, make, batch_size, seed, **placement)
+  return Batches(make, len(prompts), batch_size, seed, **placement)

@@ -308,18 +308,10 @@ def by_difficulty(
 
 def prompts_of(program: Program, split: str, count: int) -> PromptBatch:
   """The first `count` prompts of a split (0: all), tokenised."""
-  settings = program.settings.data
-  examples = data.load_examples(program.task, split, settings)
+  examples = data.load_examples(program.task, split, program.settings.data)
   if count:
     examples = examples[:count]
-  return data.encode_prompts(
-    examples,
-    program.prompt,
-    program.model.tokenizer.encode,
-    settings.prompt_length,
-    program.model.config.pad_id,
-    settings.long_prompts,
-  )
+  return program.prompts(examples).batch(np.arange(len(examples)))
 
 
 def evaluate(

@@ -197,29 +197,23 @@ def open_batches(run: Run):
     DataError: the data, or its first batch, cannot be used.
   """
   settings, program = run.settings, run.program
-  examples = data.load_examples(program.task, "train", settings.data)
-  common = dict(
-    prompt=program.prompt,
-    user_text=program.user_text,
-    encode=program.model.tokenizer.encode,
-    prompt_length=settings.data.prompt_length,
-    pad_id=program.model.config.pad_id,
-    long_prompts=settings.data.long_prompts,
-    batch_size=settings.rollout.prompts,
-    seed=settings.run.seed,
-    rows=run.split.held,
+  prompts = program.prompts(
+    data.load_examples(program.task, "train", settings.data)
   )
+  where = (settings.rollout.prompts, settings.run.seed)
   if settings.supervised:
     batches = demonstrations.demonstration_batches(
-      examples,
-      task=program.task,
+      prompts,
+      program.task,
+      program.model.tokenizer.encode,
+      *where,
       completion_length=settings.sampler.completion_length,
       eos_id=program.model.config.eos_id,
       corrupt_share=settings.data.corrupt_share,
-      **common,
+      rows=run.split.held,
     )
   else:
-    batches = data.prompt_batches(examples, **common)
+    batches = data.prompt_batches(prompts, *where, rows=run.split.held)
   batches[0]
   return data.Ahead(batches, settings.run.steps)
 

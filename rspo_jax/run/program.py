@@ -165,6 +165,18 @@ class Program:
     """What of an example's prompt is the user's, before any template."""
     return self.task.prompt(example, self.settings.task.prompt_style)
 
+  def prompts(self, examples) -> data.Prompts:
+    """The prompts of examples, tokenised when they are met."""
+    return data.Prompts(
+      examples,
+      self.prompt,
+      self.model.tokenizer.encode,
+      self.settings.data.prompt_length,
+      self.model.config.pad_id,
+      self.settings.data.long_prompts,
+      self.user_text,
+    )
+
   def judge(self, examples, texts) -> rollout.Judged:
     """Verdicts under the run's protocol and reward weights."""
     task = self.settings.task

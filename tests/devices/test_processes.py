@@ -145,15 +145,7 @@ def test_each_process_verifies_its_own_share_and_the_first_alone_writes(
   argv = tiny("unused", **SHORT)
   program = tiny_runs.program_of(argv)
   examples = data.load_examples(program.task, "train", settings.data)
-  batches = data.prompt_batches(
-    examples,
-    prompt=program.prompt,
-    encode=program.model.tokenizer.encode,
-    prompt_length=settings.data.prompt_length,
-    pad_id=program.model.config.pad_id,
-    batch_size=8,
-    seed=0,
-  )
+  batches = data.prompt_batches(program.prompts(examples), 8, 0)
   size = 4  # prompts of a host, of 8
   for step in range(2):
     whole = [program.prompt(example) for example in batches[step].examples]

@@ -61,8 +61,8 @@ def test_wilson_interval_meets_published_values():
 class Echo:
   """A rollout that answers with the prompt and keeps its calls."""
 
-  def __init__(self):
-    self.calls, self.called = [], False
+  def __init__(self, called=False):
+    self.calls, self.called = [], called
 
   def __call__(self, params, tokens, mask, key):
     import jax
@@ -85,7 +85,14 @@ class Echo:
     )
 
 
-def run(total, batch, seed=0, on_batch=lambda done, total: None, **options):
+def run(
+  total,
+  batch,
+  seed=0,
+  on_batch=lambda done, total: None,
+  compiled=False,
+  **options,
+):
   """An evaluation of `total` prompts, prompt i being [i, i, i]."""
   tokens = np.repeat(np.arange(total)[:, None], 3, axis=1).astype(np.int32)
   prompts = data.PromptBatch(
@@ -105,7 +112,7 @@ def run(total, batch, seed=0, on_batch=lambda done, total: None, **options):
   def to_text(tokens, mask):
     return [f"{row[0]}:{kept.sum()}" for row, kept in zip(tokens, mask)]  # noqa: B905
 
-  echo = Echo()
+  echo = Echo(compiled)
   mesh = sharding.make_mesh()
   result = evaluate.decode(
     echo,
@@ -192,7 +199,7 @@ def test_a_speed_is_told_only_of_batches_that_had_nothing_to_compile():
   cold, _ = run(3, 3)
   assert cold.tokens_per_s is None
   assert not [k for k in evaluate.metrics(cold, cold) if k.endswith("per_s")]
-  for result, _ in (run(4, 3), run(3, 3, warm=True)):
+  for result, _ in (run(4, 3), run(3, 3, compiled=True)):
     assert result.tokens_per_s > 0
     values = evaluate.metrics(cold, result)
     assert values["eval/tokens_sampled_per_s"] == result.tokens_per_s

@@ -101,14 +101,7 @@ class Bench:
     examples = data.load_examples(program.task, "train", settings.data)
     group = settings.rollout.group_size
     examples = examples[: settings.rollout.prompts]
-    prompts = data.encode_prompts(
-      examples,
-      program.prompt,
-      program.model.tokenizer.encode,
-      settings.data.prompt_length,
-      self.config.pad_id,
-      settings.data.long_prompts,
-    )
+    prompts = program.prompts(examples).batch(np.arange(len(examples)))
     key = streams.stream_key(settings.run.seed, 0, streams.ROLLOUT)
     placed = sharding.put_global(program.mesh, (prompts.tokens, prompts.mask))
     out = program.rollout_fn(policy, *placed, key)
