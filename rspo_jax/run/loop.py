@@ -4,7 +4,6 @@ What a step does is in step.py.
 """
 
 import contextlib
-import json
 import os
 import sys
 import traceback
@@ -14,11 +13,12 @@ import jax
 from rspo_jax.config import identity
 from rspo_jax.devices import processes, workers
 from rspo_jax.devices.interrupt import Interrupt
-from rspo_jax.reporting import metrics, profiler, tables
+from rspo_jax.reporting import metrics, profiler
 from rspo_jax.run import (
   data,
   demonstrations,
   evaluate,
+  evaluations,
   incident,
   preflight,
   resume,
@@ -30,7 +30,7 @@ from rspo_jax.run import settings as settings_lib
 from rspo_jax.run import workdir as workdir_lib
 from rspo_jax.run.runs import Interrupted, Run
 from rspo_jax.run.state import RunState
-from rspo_jax.storage import files, mirror
+from rspo_jax.storage import mirror
 from rspo_jax.storage.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -141,7 +141,7 @@ def _guarded(settings, home, writer, interrupt, stack, resolved, mode) -> int:
         ),
       )
       if mode == "eval":
-        source = resume.load_evaluated(run)
+        source = evaluations.load_evaluated(run)
       else:
         preflight.check_disk(run.program, home.address)
         batches = open_batches(run)
@@ -158,8 +158,11 @@ def _guarded(settings, home, writer, interrupt, stack, resolved, mode) -> int:
     return MISTAKE
   try:
     if mode == "eval":
-      return evaluate_only(run, source)
+      evaluations.evaluate_all(run, source)
+      return DONE
     return train(run, batches)
+  except Interrupted:
+    return INTERRUPTED
   except (data.DataError, CheckpointMismatch) as error:
     writer.fail(error)
     return MISTAKE
@@ -290,48 +293,3 @@ def _end_of_step(run: Run, checkpointer: Checkpointer) -> None:
     or (state.step and state.step % settings.checkpoint_every == 0)
   ):
     resume.save(run, checkpointer, score)
-
-
-def evaluate_only(run: Run, source: str) -> int:
-  """Evaluates and prints one line an evaluation; writes DIR/eval/ alone."""
-  settings, folder = run.settings, run.workdir / "eval"
-  for evaluation in settings.evaluations:
-    length = evaluation.greedy.completion_length
-    parts = [settings.eval.split, str(length), evaluation.name]
-    parts = [*filter(None, parts), f"step{run.state.step:06d}"]
-    line = {
-      "model": source,
-      "split": settings.eval.split,
-      "step": run.state.step,
-      "completion_length": length,
-      "sampler": tables.sampler_name(evaluation.greedy),
-      "temperature": evaluation.sampled.temperature,
-      "samples": settings.eval.samples,
-      "seed": evaluation.seed,
-      "task": settings.task.name,
-      "protocol": settings.task.protocol,
-    }
-    stem = tables.free_stem(folder / "-".join(parts), line)
-    try:
-      values, greedy = evaluate.evaluate(run, stem, evaluation)
-    except Interrupted:
-      return INTERRUPTED
-    line |= values | {"by_difficulty": run.state.by_difficulty}
-    if run.main_process:
-      files.write_json(folder / f"{stem.name}.json", line)
-      print(json.dumps(line), flush=True)
-      if settings.eval.d1_files:
-        texts = [row["completion"] for row in greedy.rows]
-        name, document = tables.d1_document(
-          settings.task.name,
-          run.eval_prompts.examples,
-          [run.prompt_text(i) for i in range(len(texts))],
-          texts,
-          evaluation.greedy,
-          source,
-        )
-        (folder / "d1" / evaluation.name).mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / "d1" / evaluation.name / name, document)
-  if run.main_process and len(settings.evaluations) > 1:
-    run.writer.table(tables.table(tables.read([folder])))
-  return DONE

@@ -3,13 +3,11 @@
 import functools
 import time
 
-from rspo_jax.config import identity
 from rspo_jax.run import incident, state
 from rspo_jax.run import program as program_lib
 from rspo_jax.run.runs import Run
 from rspo_jax.storage.checkpoint import (
   Checkpointer,
-  CheckpointError,
   CheckpointMismatch,
 )
 
@@ -92,41 +90,6 @@ def restore(run: Run, checkpointer: Checkpointer, batches) -> None:
     writer.say(f"Going on from step {restored.step} of {steps}.")
   for message in messages:
     writer.warn(message)
-
-
-def load_evaluated(run: Run) -> str:
-  """Loads what is to be evaluated: DIR's last checkpoint, or model.path.
-
-  Returns:
-    Its name.
-
-  Raises:
-    ValueError: there is neither, or the checkpoint cannot be used.
-  """
-  folder = run.home.address / "checkpoints"
-  path = run.settings.model.path
-  before = identity.read_config(run.home.address)
-  if before is not None and before["model"].get("path") == path:
-    with Checkpointer(folder) as checkpointer:
-      try:
-        template = functools.partial(state.template, run.program)
-        restored = checkpointer.restore(template)
-      except CheckpointError as error:
-        raise ValueError(str(error)) from error
-    if restored is not None:
-      for message in restored.messages:
-        run.writer.warn(message)
-      run.state = state.from_checkpoint(
-        restored.step, restored.state, restored.extra
-      )
-      run.saved_step = restored.step
-      return f"{folder} at step {restored.step}"
-  if not path:
-    raise ValueError(
-      f"--workdir={run.home.address} holds no checkpoint and model.path is "
-      "empty: there is nothing to evaluate; give one of them."
-    )
-  return path
 
 
 def give_up(run: Run, checkpointer: Checkpointer) -> None:
