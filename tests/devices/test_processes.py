@@ -23,7 +23,7 @@ from rspo_jax.run import program as program_lib
 from rspo_jax.storage import mirror
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TESTS = pathlib.Path(__file__).resolve().parent
+TESTS = ROOT / "tests"
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 

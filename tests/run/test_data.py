@@ -49,10 +49,10 @@ def prompts_of(
   return data.prompt_batches(prompts, size, seed, **options)
 
 
-def demonstrations_of(count=20, size=6, seed=0, **options):
+def demonstrations_of(count=20, size=6, seed=0, prompt_length=16, **options):
   options = {"completion_length": 14, "eos_id": EOS} | options
   return demonstrations.demonstration_batches(
-    tokenised(examples_of(count)),
+    tokenised(examples_of(count), prompt_length),
     TASKS["countdown"],
     encode,
     size,
