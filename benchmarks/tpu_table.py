@@ -148,7 +148,7 @@ def gathered_by_hand(row: Row) -> float:
   vocabulary stays where it lies: the hidden rows of all chips come to it, those
   of policy and reference, and the policy's once more to be differentiated.
   """
-  from rspo_jax.models.families.published import PUBLISHED
+  from rspo_jax.models.families import PUBLISHED
 
   model = PUBLISHED["llada_8b"]
   layer = 4 * model.width**2 + 3 * model.width * model.mlp_width
@@ -212,7 +212,7 @@ def head(options) -> bool:
 
   from rspo_jax.devices import sharding
   from rspo_jax.models import transformer
-  from rspo_jax.models.families.published import PUBLISHED
+  from rspo_jax.models.families import PUBLISHED
   from rspo_jax.planning import hlo, planner
   from rspo_jax.run import program
 

@@ -51,9 +51,9 @@ class Model:
     'checkpoint folder in the Hugging Face layout, or "embedded:NAME" for one '
     'that the package carries; "" trains a new model (supervised runs only)')
   published: str = key("",
-    "key of rspo_jax.models.families.published.PUBLISHED: the shape that "
+    "key of rspo_jax.models.families.PUBLISHED: the shape that "
     'launch/plan.py takes while path is ""',
-    table="models.families.published:PUBLISHED")
+    table="models.families:PUBLISHED")
   compute_dtype: str = key("auto",
     "auto (float32 on CPU, else bfloat16) | float32 | bfloat16: dtype of "
     "matmul inputs", choices=("auto", *DTYPES))

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rspo_jax.models import checkpoints, hf_folder, lora
+from rspo_jax.models import checkpoints, lora, model_folder, safetensors_files
 from rspo_jax.models.checkpoints import (
   MissingTensor,
   UnexpectedTensor,
@@ -75,14 +75,14 @@ def load_adapter(
     MissingTensor, UnexpectedTensor, WrongShape, UnsupportedConfig,
     CheckpointError: naming tensor or key, and file.
   """
-  folder = checkpoints.resolve_folder(path)
+  folder = model_folder.resolve_folder(path)
   file = folder / CONFIG
   if not file.exists():
     raise CheckpointError(
       f"{folder} has no {CONFIG}, so it is no PEFT adapter; a full checkpoint "
       "is loaded by load_model."
     )
-  source = checkpoints.parse_json(hf_folder.read_small(file), str(file))
+  source = model_folder.parse_json(model_folder.read_small(file), str(file))
   if not (folder / WEIGHTS).exists():
     raise CheckpointError(
       f"{folder} has no {WEIGHTS}; adapters in .bin files have to be saved "
@@ -91,7 +91,7 @@ def load_adapter(
   where = str(folder / WEIGHTS)
   modules = _modules(config)
   tensors = _by_module(
-    checkpoints.read_tensors(folder / WEIGHTS, np.dtype(dtype)), where
+    safetensors_files.read_tensors(folder / WEIGHTS, np.dtype(dtype)), where
   )
   targets = _check_modules(tensors, modules, source, where)
   settings = _settings(source, targets)
@@ -165,10 +165,10 @@ def save_adapter(
   if base:
     written["base_model_name_or_path"] = base
   folder = epath.Path(path).expanduser()
-  checkpoints.make_folder(folder)
+  model_folder.make_folder(folder)
   content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-  checkpoints.write_file(folder / WEIGHTS, content)
-  checkpoints.write_file(folder / CONFIG, checkpoints.json_bytes(written))
+  model_folder.write_file(folder / WEIGHTS, content)
+  model_folder.write_file(folder / CONFIG, model_folder.json_bytes(written))
 
 
 def _modules(
@@ -247,7 +247,7 @@ def _matching(source, key: str, modules: list[str]) -> set[str]:
     return set()
   if isinstance(patterns, str):
     try:
-      return set(hf_folder.matching(patterns, modules))
+      return set(model_folder.matching(patterns, modules))
     except ValueError as error:
       raise UnsupportedConfig(
         f"{CONFIG}: {key}={patterns!r:.120} is no expression that can be "

@@ -39,7 +39,6 @@ from rspo_jax.algorithm import likelihood as likelihood_lib
 from rspo_jax.algorithm import objectives, train_step
 from rspo_jax.devices import sharding
 from rspo_jax.models import checkpoints, families, fresh, lora
-from rspo_jax.models.families import published
 from rspo_jax.planning import chips, flops, hlo
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
@@ -144,12 +143,12 @@ def model_config(settings: settings_lib.Settings) -> families.ModelConfig:
   if settings.model_folder:
     return checkpoints.load_config(settings.model_folder).config
   if settings.model.published:
-    return published.PUBLISHED[settings.model.published]
+    return families.PUBLISHED[settings.model.published]
   if not settings.supervised:
     raise ValueError(
       "model.path='' and model.published='' name no model to plan for; give "
       "--config.model.path=FOLDER, or --config.model.published="
-      f"{next(iter(published.PUBLISHED))}."
+      f"{next(iter(families.PUBLISHED))}."
     )
   return fresh.new_model(settings.model.new, jax.random.key(0)).config
 

@@ -569,6 +569,6 @@ def named(config, params):
   """(checkpoint name, value as the checkpoint has it) of every parameter."""
   for leaf in checkpoints.leaves(config):
     value = functools.reduce(lambda tree, key: tree[key], leaf.path, params)
-    values = value if leaf.stacked else value[None]
+    values = value if leaf.axes else value[None]
     for name, one in zip(leaf.names, values, strict=True):
       yield name, one.T if leaf.transposed else one

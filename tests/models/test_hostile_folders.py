@@ -9,6 +9,7 @@ import time
 import warnings
 
 import pytest
+from etils import epath
 from tiny_folders import (
   LLADA,
   llada_modules,
@@ -19,8 +20,14 @@ from tiny_folders import (
 from tokenizers import decoders, normalizers
 
 from rspo_jax.devices import workers
-from rspo_jax.models import adapters, checkpoints, families, hf_folder
-from rspo_jax.models import tokenizer as tokenizer_lib
+from rspo_jax.models import (
+  adapters,
+  checkpoints,
+  families,
+  model_folder,
+  safetensors_files,
+  tokenizer_files,
+)
 from rspo_jax.models.families import CheckpointError
 from rspo_jax.models.tokenizer import Tokenizer, build_word_tokenizer
 
@@ -160,7 +167,7 @@ def use(folder: pathlib.Path, name: str, wanted) -> None:
     adapters.load_adapter(folder, families.from_hf(LLADA))
     return
   if name.endswith((".safetensors", checkpoints.INDEX)):
-    stored = checkpoints.read_headers(folder)
+    stored = safetensors_files.read_headers(epath.Path(folder))
     checkpoints.check_tensors(wanted, stored, str(folder))
     return
   model = checkpoints.load_config(folder)
@@ -302,14 +309,14 @@ def test_rules_that_explode_are_refused_and_end_no_run(
   tmp_path, monkeypatch, rules, message
 ):
   limits = workers.Limits(time_s=3.0, memory_bytes=1 << 30)
-  monkeypatch.setattr(tokenizer_lib, "_TRIAL", limits)
-  tokenizer_lib._worker.cache_clear()
+  monkeypatch.setattr(tokenizer_files, "_TRIAL", limits)
+  tokenizer_files._worker.cache_clear()
   folder = word_folder(tmp_path / "folder")
   assert Tokenizer.load(folder) is not None
   change(folder, "tokenizer.json", **rules)
   with pytest.raises(CheckpointError, match=message):
     Tokenizer.load(folder)
-  tokenizer_lib._worker.cache_clear()
+  tokenizer_files._worker.cache_clear()
 
 
 def test_a_padding_rule_without_end_does_not_act(tmp_path):
@@ -469,7 +476,7 @@ def test_an_expression_of_an_adapter_that_goes_back_for_ever_is_refused(
   tmp_path, monkeypatch
 ):
   limits = workers.Limits(time_s=1.0, memory_bytes=512 << 20)
-  monkeypatch.setattr(hf_folder, "_LIMITS", limits)
+  monkeypatch.setattr(model_folder, "_LIMITS", limits)
   folder = word_folder(tmp_path / "folder")
   change(folder, "adapter_config.json", target_modules="(.*.*)*x")
   with pytest.raises(CheckpointError, match=r"target_modules='\(.*longer than"):

@@ -1,0 +1,267 @@
+"""The folder of a checkpoint: found, its files read within bounds and written.
+
+A folder from elsewhere is data. A link in it may point anywhere, and what is
+read here is written into exports, which are given away; a pipe or a device
+under a file's name would be read for ever. So:
+
+1. only regular files are opened;
+2. files that are copied along unchanged may be links within the folder, or
+   within the cache of the hub that the folder is a snapshot of
+   (`models--owner--name/snapshots/HASH/x -> ../../blobs/SHA`), none else;
+3. small files have a largest size;
+4. regular expressions that it brings are matched in a worker process, because
+   they may go back and forth for ever.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import stat
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from rspo_jax.devices import workers
+from rspo_jax.models.families import CheckpointError
+
+MAX_BYTES = 256 << 20  # of a file other than weights; the largest have 40 MiB
+
+_LIMITS = workers.Limits(time_s=5.0, memory_bytes=512 << 20)
+
+
+class CorruptFile(CheckpointError):
+  """A file is truncated or not what its name says."""
+
+
+class DuplicateTensor(CheckpointError):
+  """The same tensor, or key of a JSON object, is stored twice."""
+
+
+def resolve_folder(path):
+  """The folder of a path or hub id, downloaded where it must be."""
+  from etils import epath
+
+  folder = epath.Path(path).expanduser()
+  try:
+    if folder.is_dir():
+      return folder
+  except ImportError as error:
+    raise CheckpointError(_no_bucket(path, error)) from error
+  if folder.exists():
+    raise CheckpointError(
+      f"{path} is a file; give the folder that holds config.json and the "
+      "safetensors files."
+    )
+  text = os.fspath(path)
+  first = text.split("/")[0]
+  is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)
+  if not is_hub_id or epath.Path(first).exists():
+    raise CheckpointError(
+      f"{path} does not exist; give the folder of a checkpoint (config.json "
+      "+ safetensors), a gs:// folder, or a hub id owner/name."
+    )
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise CheckpointError(
+      f"{path} is no folder here. If it is a hub id, install "
+      "huggingface_hub (pip install huggingface_hub) or download it and give "
+      "the folder."
+    ) from error
+  try:
+    return epath.Path(
+      huggingface_hub.snapshot_download(
+        text,
+        allow_patterns=[
+          "*.json", "*.safetensors", "*.txt", "*.jinja", "*.py",
+        ],
+        etag_timeout=4,
+      )
+    )  # fmt: skip
+  except Exception as error:  # network, authorisation, unknown name
+    raise CheckpointError(
+      f"{path} is no folder here, and fetching it from the hub failed "
+      f"({type(error).__name__}: {str(error)[:200]}); download it where there "
+      "is a network and give the folder."
+    ) from error
+
+
+def make_folder(folder) -> None:
+  """Makes a folder to write into, or says what a bucket needs."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except ImportError as error:
+    raise CheckpointError(_no_bucket(folder, error)) from error
+
+
+def _no_bucket(path, error) -> str:
+  """The message where the library that reaches buckets is not installed."""
+  return (
+    f"{path} lies in a bucket, and what reaches it is not installed ({error}); "
+    "install the extra [gcs], or use a local folder."
+  )
+
+
+def check_regular(file) -> None:
+  """Refuses pipes, devices and folders under a file's name.
+
+  Args:
+    file: `epath.Path`, which exists; objects of a bucket are all regular.
+
+  Raises:
+    CorruptFile: naming the file.
+  """
+  path = os.fspath(file)
+  if "://" not in path and not stat.S_ISREG(os.stat(path).st_mode):
+    raise CorruptFile(
+      f"{file} is a pipe, a device or a folder, not a file; put the "
+      "checkpoint's file in its place."
+    )
+
+
+def read_small(file) -> bytes:
+  """Contents of a file that is not weights.
+
+  Raises:
+    CorruptFile: it is no regular file, or larger than `MAX_BYTES`.
+  """
+  check_regular(file)
+  size = file.stat().length
+  if size > MAX_BYTES:
+    raise CorruptFile(
+      f"{file} has {size} bytes, more than the {MAX_BYTES} of any file of its "
+      "kind; download it again."
+    )
+  return file.read_bytes()
+
+
+def read_companions(folder, names) -> tuple[dict[str, bytes], list[str]]:
+  """Contents of files that are copied along, and the names left out.
+
+  Links that leave the folder are not followed; a warning names them once.
+
+  Args:
+    folder: `epath.Path` of the checkpoint.
+    names: of files; those that are not there are passed over.
+  """
+  contents, left_out = {}, []
+  for name in names:
+    file = folder / name
+    if not file.exists():
+      continue
+    target = _outside(folder, file)
+    if target is None:
+      contents[name] = read_small(file)
+    else:
+      left_out.append(name)
+      warnings.warn(
+        f"{file} is a link to {target}, outside the checkpoint's folder: it "
+        "is neither read nor exported; copy the file there if it is meant.",
+        stacklevel=2,
+      )
+  return contents, left_out
+
+
+def _outside(folder, file) -> str | None:
+  """Where a link leads that leaves the folder, None for all others."""
+  if "://" in os.fspath(folder):
+    return None
+  home = pathlib.Path(os.path.realpath(folder))
+  target = pathlib.Path(os.path.realpath(file))
+  homes = [home]
+  if home.parent.name == "snapshots" and home.parts[-3].startswith("models--"):
+    homes.append(home.parents[1] / "blobs")
+  if any(target.is_relative_to(place) for place in homes):
+    return None
+  return str(target)
+
+
+def read_config(folder) -> dict[str, Any]:
+  """Reads config.json of a folder, or says why it is no checkpoint."""
+  file = folder / "config.json"
+  if not file.exists():
+    names = sorted(entry.name for entry in folder.iterdir())
+    hint = ""
+    if "adapter_config.json" in names:
+      hint = " It is a PEFT adapter: give the folder of its base model."
+    raise CheckpointError(
+      f"{folder} has no config.json, so it is not a checkpoint in the Hugging "
+      f"Face layout; it holds {names[:8] or 'nothing'}.{hint}"
+    )
+  return parse_json(read_small(file), str(file))
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+  """Parses a JSON object; a key given twice is an error."""
+
+  def unique(pairs):
+    result = {}
+    for key, value in pairs:
+      if key in result:
+        raise DuplicateTensor(f"{where}: {key:.120} is given twice.")
+      result[key] = value
+    return result
+
+  try:
+    value = json.loads(content, object_pairs_hook=unique)
+  except DuplicateTensor:
+    raise
+  except (ValueError, RecursionError) as error:
+    raise CorruptFile(
+      f"{where} is damaged: not valid JSON ({error}); download it again."
+    ) from error
+  if not isinstance(value, dict):
+    raise CorruptFile(f"{where} is damaged: a JSON object is expected.")
+  return value
+
+
+def matching(expression: str, names: Sequence[str]) -> list[str]:
+  """The names that an expression matches whole, found within limits.
+
+  Raises:
+    ValueError: no expression, or one that takes more time than it may.
+  """
+  target = f"{__name__}:match_here"
+  pool = workers.Workers(target, count=1, limits=_LIMITS, quiet=True)
+  try:
+    (outcome,) = pool.map([[expression, list(names)]])
+  finally:
+    pool.close()
+  if outcome.reason:
+    raise ValueError(outcome.reason)
+  return outcome.value
+
+
+def match_here(expression: str, names: Sequence[str]) -> list[str]:
+  """`matching` in this process, without limits: what the worker calls."""
+  compiled = re.compile(expression)
+  return [name for name in names if compiled.fullmatch(name)]
+
+
+@contextlib.contextmanager
+def complete_or_nothing(file):
+  """A stream whose file appears under its name only when it is complete."""
+  if "://" in os.fspath(file):  # objects appear when closed
+    with file.open("wb") as stream:
+      yield stream
+    return
+  partial = file.parent / f"{file.name}.partial"
+  try:
+    with partial.open("wb") as stream:
+      yield stream
+    partial.replace(file)
+  finally:
+    partial.unlink(missing_ok=True)
+
+
+def write_file(file, content: bytes) -> None:
+  """Writes a small file, complete or not at all."""
+  with complete_or_nothing(file) as stream:
+    stream.write(content)
+
+
+def json_bytes(value) -> bytes:
+  """JSON as the hub writes it."""
+  return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
