@@ -37,6 +37,9 @@ PURE = (
   "run.collapse",
   "tasks.base",
   "tasks.answers",
+  "tasks.arithmetic",
+  "tasks.latex",
+  "tasks.plain_latex",
 )
 WITHOUT_JAX = ("config",)
 # What a command imports before its first line.

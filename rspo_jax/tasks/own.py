@@ -22,7 +22,7 @@ wrong, with reward 0, and its verdict says why.
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rspo_jax.config import schema
@@ -32,7 +32,6 @@ from rspo_jax.tasks import base, prompts
 
 STYLES = ("compact", "chat", *prompts.STYLES)
 WEIGHTS = {"reward": 1.0}
-EXTRA = "extra"
 
 _MAX_REASON = 200
 _MAX_PARTS = 32
@@ -99,7 +98,6 @@ def verdict(outcome: workers.Outcome) -> base.Verdict:
 
 def prompt(example: base.Example, style: str) -> str:
   """Returns the row's prompt, in the words of a style where it has some."""
-  base.check_style(style, STYLES)
   if style in prompts.STYLES:
     return prompts.question(example["prompt"], style)
   return example["prompt"]
@@ -143,40 +141,29 @@ def make_task(target: str, settings: RewardSettings) -> base.Task:
   def pool() -> workers.Workers:
     return _pool(target, settings.processes, settings.limits)
 
-  def load(split: str, data: schema.Data) -> Sequence[base.Example]:
-    base.check_split(split)
+  def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
     if not data.source:
       raise ValueError(
         f"task.name={target} needs data.source=PATH, a JSONL file with a prompt"
         " and what else the function wants to know in each row; write {split}"
         " in the path for one file a split."
       )
-    examples = files.load_split(data.source, split, parse_row)
+    found = files.load_split(data.source, split, parse_row)
     pool().start()
-    return examples
+    return found
 
-  def verify_all(pairs, protocol="strict", weights=None):
-    base.check_protocol(protocol)
-    weight = base.resolve_weights(WEIGHTS, weights)["reward"]
-    verdicts = [verdict(outcome) for outcome in pool().map(pairs)]
-    return [
-      dataclasses.replace(found, reward=weight * found.reward)
-      for found in verdicts
-    ]
-
-  def verify(example, completion, protocol="strict", weights=None):
-    return verify_all([(example, completion)], protocol, weights)[0]
+  def strict(pairs: base.Pairs) -> list[base.Finding]:
+    found = [verdict(outcome) for outcome in pool().map(pairs)]
+    return [(each.correct, each.parts, each.reason) for each in found]
 
   return base.Task(
-    target,
-    load,
-    prompt,
-    _demonstration,
-    None,
-    verify,
-    WEIGHTS,
-    STYLES,
-    verify_all=verify_all,
+    name=target,
+    examples=examples,
+    words=prompt,
+    demonstration=_demonstration,
+    strict=strict,
+    weights=WEIGHTS,
+    styles=STYLES,
     difficulty=difficulty,
   )
 
@@ -192,32 +179,16 @@ def with_extra(task: base.Task, settings: RewardSettings) -> base.Task:
   def pool() -> workers.Workers:
     return _pool(settings.extra, settings.processes, settings.limits)
 
-  def load(split, data):
+  def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
     pool().start()
-    return task.load(split, data)
+    return task.examples(split, data)
 
-  def judge(pairs, protocol="strict", weights: Mapping | None = None):
-    weights = dict(weights or {})
-    weight = weights.pop(EXTRA, 1.0)
-    verdicts = task.judge(pairs, protocol, weights or None)
-    extras = [verdict(outcome) for outcome in pool().map(pairs)]
-    return [
-      base.Verdict(
-        own.reward + weight * extra.reward,
-        own.correct,
-        own.parts | {EXTRA: extra.reward},
-        f"{own.reason}; {EXTRA}: {extra.reason}",
-      )
-      for own, extra in zip(verdicts, extras, strict=True)
-    ]
-
-  def verify(example, completion, protocol="strict", weights=None):
-    return judge([(example, completion)], protocol, weights)[0]
+  def extra(pairs: base.Pairs) -> list[base.Verdict]:
+    return [verdict(outcome) for outcome in pool().map(pairs)]
 
   return dataclasses.replace(
     task,
-    load=load,
-    verify=verify,
-    verify_all=judge,
-    weights={**task.weights, EXTRA: 1.0},
+    examples=examples,
+    extra=extra,
+    weights={**task.weights, base.EXTRA: 1.0},
   )

@@ -1,6 +1,7 @@
 """From completions to a batch: who is whose, what is kept, what is masked."""
 
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -154,11 +155,11 @@ def test_text_ends_with_the_mask():
 def test_each_text_is_judged_on_its_own_example():
   seen = []
 
-  def verify(example, text, protocol="strict", weights=None):
-    seen.append((example["i"], text, protocol, weights))
-    return base.Verdict(example["i"], True, {}, "")
+  def judge(pairs, protocol, weights):
+    seen.extend((e["i"], text, protocol, weights) for e, text in pairs)
+    return [base.Verdict(e["i"], True, {}, "") for e, _ in pairs]
 
-  task = base.Task("t", None, None, None, None, verify, {})
+  task = types.SimpleNamespace(judge=judge)
   found = rollout.judge(
     task, [{"i": 0}, {"i": 1}], ["a", "b", "c", "d"], "d1", {"x": 1.0}
   )

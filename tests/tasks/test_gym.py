@@ -97,11 +97,10 @@ def test_the_answer_is_the_last_tag_or_the_whole(text, answer):
   ],
 )
 def test_a_score_is_a_share_whatever_the_scorer_says(outcome, score):
-  verdict = gym._verdict("7", outcome, {"score": 2.0, "format": 0.5})
-  assert verdict.parts == {"score": score, "format": 1.0}
-  assert verdict.reward == 2.0 * score + 0.5
-  assert verdict.correct == (score == 1.0)
-  assert (base.NO_VERDICT in verdict.reason) == bool(outcome.reason)
+  correct, parts, reason = gym._finding("7", outcome)
+  assert parts == {"score": score, "format": 1.0}
+  assert correct == (score == 1.0)
+  assert (base.NO_VERDICT in reason) == bool(outcome.reason)
 
 
 @needs_gym

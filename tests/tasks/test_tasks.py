@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rspo_jax.config import schema
 from rspo_jax.devices import workers
-from rspo_jax.tasks import TASKS, answers, base, d1
+from rspo_jax.tasks import TASKS, answers, arithmetic, base, d1
 from rspo_jax.tasks import countdown as countdown_task
 from rspo_jax.tasks import gsm8k as gsm8k_module
 from rspo_jax.tasks import math500 as math500_module
@@ -83,7 +83,7 @@ class TestArithmetic:
     ],
   )
   def test_value(self, text, value):
-    found = answers.evaluate(answers.tokens(text))
+    found = arithmetic.evaluate(arithmetic.tokens(text))
     assert fractions.Fraction(*found) == value
 
   @pytest.mark.parametrize(
@@ -95,16 +95,16 @@ class TestArithmetic:
     ],
   )  # fmt: skip
   def test_what_is_no_expression_is_refused(self, text):
-    with pytest.raises(answers.MalformedError):
-      answers.evaluate(answers.tokens(text))
+    with pytest.raises(arithmetic.MalformedError):
+      arithmetic.evaluate(arithmetic.tokens(text))
 
   @hypothesis.given(st.text(alphabet="0123456789+-*/() ", max_size=24))
   @hypothesis.settings(max_examples=1000, deadline=None)
   @pytest.mark.filterwarnings("ignore::SyntaxWarning")
   def test_agrees_with_python_on_exact_fractions(self, text):
     try:
-      ours = fractions.Fraction(*answers.evaluate(answers.tokens(text)))
-    except answers.MalformedError:
+      ours = fractions.Fraction(*arithmetic.evaluate(arithmetic.tokens(text)))
+    except arithmetic.MalformedError:
       ours = None
     theirs = None
     if "**" not in text and "//" not in text:
@@ -989,7 +989,7 @@ class TestD1:
       expected = None
     if not isinstance(expected, int | float | complex):
       expected = None
-    found = d1.python_value(text)
+    found = arithmetic.python_value(text)
     assert found == expected or (found != found and expected != expected)
     assert type(found) is type(expected)
 
@@ -1015,7 +1015,7 @@ class TestD1:
     ],
   )
   def test_value(self, text, value):
-    assert d1.python_value(text) == value
+    assert arithmetic.python_value(text) == value
 
   @hypothesis.given(
     st.lists(
@@ -1237,10 +1237,12 @@ def examples():
   from rspo_jax.tasks import countdown, sudoku
 
   return {
-    "countdown": countdown.Examples(
-      countdown_data.generate(0, "train", 1000).columns()
+    "countdown": base.Examples(
+      countdown_data.generate(0, "train", 1000).columns(), countdown.example_of
     ),
-    "sudoku": sudoku.Examples(sudoku_data.generate(0, "train", 1000).columns()),
+    "sudoku": base.Examples(
+      sudoku_data.generate(0, "train", 1000).columns(), sudoku.example_of
+    ),
   }
 
 
