@@ -27,6 +27,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from rspo_jax.models import (
   families,
@@ -115,8 +116,7 @@ def leaves(config: ModelConfig) -> list[Leaf]:
   module_by_path = {path: name for name, path in modules.items()}
   shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
   result = []
-  for keys, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]:
-    path = tuple(key.key for key in keys)
+  for path, leaf in sorted(traverse_util.flatten_dict(shapes).items()):
     module = module_by_path.get(path[:-1])
     if module is None:
       raise UnsupportedConfig(
@@ -169,16 +169,12 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
     config = dataclasses.replace(config, compute_dtype="bfloat16")
   if callable(shardings):
     shardings = shardings(config)
-  params = {}
+  sharding_by_path = traverse_util.flatten_dict(shardings or {})
+  arrays = {}
   with safetensors_files.Reader(folder) as reader:
     for leaf in wanted:
-      sharding = None if shardings is None else _get(shardings, leaf.path)
-      *above, last = leaf.path
-      tree = params
-      for key in above:
-        tree = tree.setdefault(key, {})
       buffer = _read_leaf(reader, leaf, stored, dtype)
-      tree[last] = _place(buffer, sharding)
+      arrays[leaf.path] = _place(buffer, sharding_by_path.get(leaf.path))
       del buffer
       # The runtime drops its hold on a host buffer only when it is called
       # again; without this two parameters would be in host memory.
@@ -187,6 +183,7 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
   files, _ = model_folder.read_companions(
     folder, filter(_COMPANIONS.fullmatch, names)
   )
+  params = traverse_util.unflatten_dict(arrays)
   return dataclasses.replace(
     described, config=config, params=params, source_files=files
   )
@@ -247,8 +244,8 @@ def save_model(model: Model, path) -> None:
     raise ValueError(f"path={path} is a file; give the folder of a checkpoint.")
   source_config = _config_to_write(model)
   wanted = leaves(model.config)
-  by_path = {leaf.path: _get(model.params, leaf.path) for leaf in wanted}
-  _check_params(wanted, by_path, model.params)
+  by_path = traverse_util.flatten_dict(model.params)
+  _check_params(wanted, by_path)
   shards = _plan_shards(wanted, by_path)
   # Every process takes part in gathering, the first one writes.
   writes = jax.process_index() == 0
@@ -347,13 +344,6 @@ def _place(buffer: np.ndarray, sharding):
   return jax.block_until_ready(array)
 
 
-def _get(tree, path):
-  """The entry of a nested dict at a path."""
-  for key in path:
-    tree = tree[key]
-  return tree
-
-
 def _config_to_write(model: Model) -> dict[str, Any]:
   """config.json of a model, checked against its ModelConfig."""
   if not model.source_config:
@@ -377,18 +367,15 @@ def _config_to_write(model: Model) -> dict[str, Any]:
   return config
 
 
-def _check_params(wanted, by_path, params) -> None:
+def _check_params(wanted, by_path) -> None:
   """Refuses parameters that the config's checkpoint could not hold."""
-  count = len(jax.tree.leaves(params))
-  if count != len(wanted):
-    paths = jax.tree_util.tree_flatten_with_path(params)[0]
-    known = {leaf.path for leaf in wanted}
-    extra = [
-      "/".join(str(key.key) for key in keys)
-      for keys, _ in paths
-      if tuple(key.key for key in keys) not in known
-    ]
-    raise ValueError(f"the config has no place for the parameters {extra}.")
+  differing = by_path.keys() ^ {leaf.path for leaf in wanted}
+  if differing:
+    names = sorted("/".join(path) for path in differing)
+    raise ValueError(
+      f"the config and the parameters differ in {names}: one of the two has no "
+      "place for them; give the config that they were made with."
+    )
   for leaf in wanted:
     array = by_path[leaf.path]
     if tuple(array.shape) != leaf.shape:
