@@ -145,13 +145,7 @@ _WORD = re.compile(r"\b(\d{16})\b")
 
 def sudoku_answer(text: str) -> str:
   """Finds the grid as the evaluation script does: five patterns in turn."""
-  for find in (
-    _fenced,
-    _to_end_of_tag,
-    _after_tag,
-    _before_closing,
-    _word,
-  ):
+  for find in (_fenced, _to_end_of_tag, _after_tag, _before_closing, _word):
     found = find(text)
     if found:
       return "".join(found.split())

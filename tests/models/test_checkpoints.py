@@ -171,20 +171,16 @@ def test_left_padding_changes_no_logits(shared, name):
     {"attention_layer_norm": True, "bias_for_layer_norm": True},
     {"include_bias": True, "bias_for_layer_norm": None},
     {"include_bias": True, "bias_for_layer_norm": False},
-    {"include_qkv_bias": True},
-    {"bias_for_layer_norm": True},
-    {"weight_tying": True, "scale_logits": True},
-    {"input_emb_norm": True},
-    {"n_kv_heads": None},
-    {"n_kv_heads": None, "multi_query_attention": True},
+    {"include_qkv_bias": True}, {"bias_for_layer_norm": True},
+    {"weight_tying": True, "scale_logits": True}, {"input_emb_norm": True},
+    {"n_kv_heads": None}, {"n_kv_heads": None, "multi_query_attention": True},
     {"n_kv_heads": 1, "multi_query_attention": True},
     {"n_kv_heads": 6, "multi_query_attention": False},
-    {"mlp_hidden_size": None},
-    {"embedding_size": None},
+    {"mlp_hidden_size": None}, {"embedding_size": None},
     {"rms_norm_eps": 0.5, "rope_theta": 7.0},
   ],
   ids=lambda c: ",".join(f"{k}={v}" for k, v in c.items()) or "plain",
-)
+)  # fmt: skip
 def test_each_switch_of_the_config_does_what_the_original_does(
   tmp_path, changes
 ):
@@ -468,11 +464,7 @@ EXTRA = np.zeros(3, np.float32)
       MissingTensor,
       f"{NAMES[0]}.*{FIRST}",
     ),
-    (
-      lambda f: (f / SECOND).unlink(),
-      MissingTensor,
-      f"{SECOND}.*Download",
-    ),
+    (lambda f: (f / SECOND).unlink(), MissingTensor, f"{SECOND}.*Download"),
     (
       reshaped(SECOND, lambda t: t.update({"extra.bias": np.zeros(3)})),
       UnsupportedConfig,
@@ -495,11 +487,7 @@ EXTRA = np.zeros(3, np.float32)
       DuplicateTensor,
       "keep one",
     ),
-    (
-      rewritten(FIRST, doubled_name),
-      DuplicateTensor,
-      f"{FIRST}.*{NAMES[0]}",
-    ),
+    (rewritten(FIRST, doubled_name), DuplicateTensor, f"{FIRST}.*{NAMES[0]}"),
     (
       rewritten("config.json", lambda c: c.replace(b": 36", b": 35")),
       checkpoints.WrongShape,

@@ -78,40 +78,25 @@ def test_no_missing_key_is_filled_with_a_default(source):
 @pytest.mark.parametrize(
   ("source", "key", "value"),
   [
-    (LLADA, "model_type", "llama"),
-    (LLADA, "activation_type", "swiglu"),
-    (LLADA, "activation_type", "gelu"),
-    (LLADA, "alibi", True),
-    (LLADA, "rope", False),
-    (LLADA, "block_type", "sequential"),
-    (LLADA, "block_group_size", 2),
-    (LLADA, "layer_norm_type", "default"),
+    (LLADA, "model_type", "llama"), (LLADA, "activation_type", "swiglu"),
+    (LLADA, "activation_type", "gelu"), (LLADA, "alibi", True),
+    (LLADA, "rope", False), (LLADA, "block_type", "sequential"),
+    (LLADA, "block_group_size", 2), (LLADA, "layer_norm_type", "default"),
     (LLADA, "layer_norm_type", "gemma_rms"),
-    (LLADA, "layer_norm_with_affine", False),
-    (LLADA, "embedding_size", 32),
-    (LLADA, "n_kv_heads", 4),
-    (LLADA, "multi_query_attention", True),
-    (LLADA, "d_model", 25),
-    (LLADA, "d_model", 24.0),
-    (LLADA, "n_layers", 0),
-    (LLADA, "rms_norm_eps", None),
-    (LLADA, "rope_theta", -1.0),
-    (LLADA, "weight_tying", None),
-    (LLADA, "weight_tying", 1),
-    (LLADA, "include_bias", None),
-    (LLADA, "mask_token_id", 40),
-    (LLADA, "eos_token_id", [1, 2]),
-    (LLADA, "clip_qkv", 8.0),
-    (LLADA, "residual_scale", 0.5),
-    (LLADA, "quantization_config", {"bits": 4}),
+    (LLADA, "layer_norm_with_affine", False), (LLADA, "embedding_size", 32),
+    (LLADA, "n_kv_heads", 4), (LLADA, "multi_query_attention", True),
+    (LLADA, "d_model", 25), (LLADA, "d_model", 24.0), (LLADA, "n_layers", 0),
+    (LLADA, "rms_norm_eps", None), (LLADA, "rope_theta", -1.0),
+    (LLADA, "weight_tying", None), (LLADA, "weight_tying", 1),
+    (LLADA, "include_bias", None), (LLADA, "mask_token_id", 40),
+    (LLADA, "eos_token_id", [1, 2]), (LLADA, "clip_qkv", 8.0),
+    (LLADA, "residual_scale", 0.5), (LLADA, "quantization_config", {"bits": 4}),
     (DREAM, "hidden_act", "gelu"),
     (DREAM, "rope_scaling", {"type": "yarn", "factor": 4.0}),
-    (DREAM, "use_sliding_window", True),
-    (DREAM, "use_mrope", True),
-    (DREAM, "num_key_value_heads", 5),
-    (DREAM, "head_dim", 8),
+    (DREAM, "use_sliding_window", True), (DREAM, "use_mrope", True),
+    (DREAM, "num_key_value_heads", 5), (DREAM, "head_dim", 8),
   ],
-)
+)  # fmt: skip
 def test_a_config_that_asks_for_something_else_is_refused(source, key, value):
   name = {"d_model": "d_model|width", "n_kv_heads": "kv_heads"}.get(key, key)
   name = name.replace("num_key_value_heads", "kv_heads")
@@ -147,11 +132,7 @@ def test_ids_that_the_config_leaves_out_come_from_the_tokenizer():
       {"rope_parameters": {"rope_theta": 1e6}},
       "rope_parameters.*rope_theta=10000",
     ),
-    (
-      DREAM,
-      {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e6}},
-      1e6,
-    ),
+    (DREAM, {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e6}}, 1e6),
     (
       LLADA,
       {
@@ -198,25 +179,16 @@ def read_other(fields):
 
 
 OTHER_FIELDS = {
-  "dim": "width",
-  "depth": "layers",
-  "heads": "heads",
-  "groups": "kv_heads",
-  "hidden": "mlp_width",
-  "rows": "vocab_size",
-  "context": "max_length",
-}
+  "dim": "width", "depth": "layers", "heads": "heads", "groups": "kv_heads",
+  "hidden": "mlp_width", "rows": "vocab_size", "context": "max_length",
+}  # fmt: skip
 OTHER_NAMES = {
-  "block.{layer}.norm_a": "attention_norm",
-  "block.{layer}.norm_b": "mlp_norm",
-  "block.{layer}.wq": "query",
-  "block.{layer}.wk": "key",
-  "block.{layer}.wv": "value",
-  "block.{layer}.wo": "out",
-  "block.{layer}.w1": "gate",
-  "block.{layer}.w2": "up",
+  "block.{layer}.norm_a": "attention_norm", "block.{layer}.norm_b": "mlp_norm",
+  "block.{layer}.wq": "query", "block.{layer}.wk": "key",
+  "block.{layer}.wv": "value", "block.{layer}.wo": "out",
+  "block.{layer}.w1": "gate", "block.{layer}.w2": "up",
   "block.{layer}.w3": "down",
-}
+}  # fmt: skip
 OTHER = families.Family(
   model_type="other",
   read=read_other,

@@ -186,15 +186,11 @@ def use(folder: pathlib.Path, name: str, wanted) -> None:
 
 
 WORD_FILES = {
-  "config.json": 90,
-  "tokenizer.json": 100,
-  "tokenizer_config.json": 40,
-  "special_tokens_map.json": 20,
-  "model-00001-of-00002.safetensors": 70,
-  "model.safetensors.index.json": 30,
-  "adapter_config.json": 50,
+  "config.json": 90, "tokenizer.json": 100, "tokenizer_config.json": 40,
+  "special_tokens_map.json": 20, "model-00001-of-00002.safetensors": 70,
+  "model.safetensors.index.json": 30, "adapter_config.json": 50,
   "adapter_model.safetensors": 20,
-}
+}  # fmt: skip
 BYTE_FILES = {
   "tokenizer_config.json": 40,
   "vocab.json": 15,
@@ -346,19 +342,12 @@ def test_an_expression_that_fails_on_one_text_is_an_error_of_that_text(
 @pytest.mark.parametrize(
   ("key", "value"),
   [
-    ("n_layers", 10**9),
-    ("d_model", 2**62),
-    ("vocab_size", 10**400),
-    ("embedding_size", 2**40),
-    ("mlp_hidden_size", 10**12),
-    ("max_sequence_length", 2**70),
-    ("n_heads", 2**40),
-    ("rope_theta", 10**400),
-    ("rms_norm_eps", 1e-300),
-    ("model_type", ["llada"]),
-    ("model_type", {}),
+    ("n_layers", 10**9), ("d_model", 2**62), ("vocab_size", 10**400),
+    ("embedding_size", 2**40), ("mlp_hidden_size", 10**12),
+    ("max_sequence_length", 2**70), ("n_heads", 2**40), ("rope_theta", 10**400),
+    ("rms_norm_eps", 1e-300), ("model_type", ["llada"]), ("model_type", {}),
   ],
-)
+)  # fmt: skip
 def test_a_size_beyond_all_models_is_refused_at_once(key, value):
   begin = time.monotonic()
   with pytest.raises(CheckpointError, match=f"config.json: {key}="):
@@ -369,15 +358,11 @@ def test_a_size_beyond_all_models_is_refused_at_once(key, value):
 @pytest.mark.parametrize(
   "name",
   [
-    "config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "model.safetensors.index.json",
-    "model-00001-of-00002.safetensors",
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    "config.json", "tokenizer.json", "special_tokens_map.json",
+    "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+    "adapter_config.json", "adapter_model.safetensors",
   ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_what_is_no_file_is_not_opened(tmp_path, name, kind):
   folder = word_folder(tmp_path / "folder")

@@ -112,15 +112,11 @@ def test_an_extra_reward_is_added_to_a_task(here):
 @pytest.mark.parametrize(
   ("value", "reward", "correct"),
   [
-    (1, 1.0, True),
-    (0.5, 0.5, False),
-    (True, 1.0, True),
-    (False, 0.0, False),
-    (-3, -3.0, False),
-    ({"reward": 0.2, "correct": True}, 0.2, True),
+    (1, 1.0, True), (0.5, 0.5, False), (True, 1.0, True), (False, 0.0, False),
+    (-3, -3.0, False), ({"reward": 0.2, "correct": True}, 0.2, True),
     ({"reward": 1, "correct": False, "parts": {"a": 1}}, 1.0, False),
   ],
-)
+)  # fmt: skip
 def test_scores(value, reward, correct):
   verdict = own.verdict(Outcome(value))
   assert (verdict.reward, verdict.correct) == (reward, correct)

@@ -68,20 +68,11 @@ class TestArithmetic:
   @pytest.mark.parametrize(
     ("text", "value"),
     [
-      ("7", 7),
-      ("1/3*3", 1),
-      ("2-3-4", -5),
-      ("2-(3-4)", 3),
-      ("12/4/3", 1),
-      ("12/(4/3)", 9),
-      ("-3+5", 2),
-      ("2*-3", -6),
-      ("--2", 2),
-      ("+(-(3))*2", -6),
-      (" 1 +\t2\n*3 ", 7),
-      ("1/2+1/3", fractions.Fraction(5, 6)),
+      ("7", 7), ("1/3*3", 1), ("2-3-4", -5), ("2-(3-4)", 3), ("12/4/3", 1),
+      ("12/(4/3)", 9), ("-3+5", 2), ("2*-3", -6), ("--2", 2), ("+(-(3))*2", -6),
+      (" 1 +\t2\n*3 ", 7), ("1/2+1/3", fractions.Fraction(5, 6)),
     ],
-  )
+  )  # fmt: skip
   def test_value(self, text, value):
     found = arithmetic.evaluate(arithmetic.tokens(text))
     assert fractions.Fraction(*found) == value
@@ -127,30 +118,22 @@ class TestExtraction:
       ("<answer>a</answer><answer>b</answer>", "b"),
       ("<answer>a<answer>b</answer>", "b"),
       ("<answer>a</answer> </answer>", "a"),
-      ("<answer>a</answer><answer>b", "a"),
-      ("<answer></answer>", ""),
-      ("<answer>a", None),
-      ("a</answer>", None),
-      ("</answer><answer>", None),
+      ("<answer>a</answer><answer>b", "a"), ("<answer></answer>", ""),
+      ("<answer>a", None), ("a</answer>", None), ("</answer><answer>", None),
       ("", None),
     ],
-  )
+  )  # fmt: skip
   def test_last_tag(self, text, content):
     assert answers.last_tag(text) == content
 
   @pytest.mark.parametrize(
     ("text", "content"),
     [
-      (r"\boxed{a}", "a"),
-      (r"\boxed{a} \boxed{b}", "b"),
-      (r"\boxed{\boxed{a}}", "a"),
-      (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-      (r"\boxed {a}", "a"),
-      (r"\boxed{a", None),
-      (r"\boxed", None),
-      ("a", None),
+      (r"\boxed{a}", "a"), (r"\boxed{a} \boxed{b}", "b"),
+      (r"\boxed{\boxed{a}}", "a"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+      (r"\boxed {a}", "a"), (r"\boxed{a", None), (r"\boxed", None), ("a", None),
     ],
-  )
+  )  # fmt: skip
   def test_last_box(self, text, content):
     assert answers.last_box(text) == content
 
@@ -169,25 +152,14 @@ class TestCountdown:
       " (4 * 5) + 3\n",
       "<answer>3+4*5</answer>",
       "<reasoning>1</reasoning><answer>1</answer><answer>3+4*5</answer>",
-      r"<answer>\boxed{3+4*5}</answer>",
-      r"\boxed{3+4*5}",
-      r"so \boxed {4 \times 5 + 3}",
-      r"<answer>$4 \cdot 5 + 3$</answer>",
+      r"<answer>\boxed{3+4*5}</answer>", r"\boxed{3+4*5}",
+      r"so \boxed {4 \times 5 + 3}", r"<answer>$4 \cdot 5 + 3$</answer>",
       r"<answer>\(4 \cdot 5 + 3\)</answer>",
-      "<answer>3 + [4 × 5] = 23</answer>",
-      "5*4--3",
-      "3+4⋅5",
-      "3 + 4·5",
-      "3 + 4 ∗ 5",
-      "3 + 4•5",
-      "（4×5）＋3",
-      r"3+4\ast5",
-      "3–−4*5",
-      "3+4*5 = 23.",
-      "<answer>4×5+3=23 .</answer>",
-      r"\boxed{3+4\times5=23.}",
+      "<answer>3 + [4 × 5] = 23</answer>", "5*4--3", "3+4⋅5", "3 + 4·5",
+      "3 + 4 ∗ 5", "3 + 4•5", "（4×5）＋3", r"3+4\ast5", "3–−4*5", "3+4*5 = 23.",
+      "<answer>4×5+3=23 .</answer>", r"\boxed{3+4\times5=23.}",
     ],
-  )
+  )  # fmt: skip
   def test_right_answers(self, completion):
     verdict = countdown(completion)
     assert verdict.correct and verdict.reward == 1.0, verdict
@@ -196,14 +168,11 @@ class TestCountdown:
   @pytest.mark.parametrize(
     ("numbers", "target", "completion"),
     [
-      ([30, 4, 5], 21, "30–4–5"),
-      ([30, 4, 5], 21, "30‑4−5 = 21."),
-      ([30, 4, 5], 24, "30∕5*4"),
-      ([30, 4, 5], 24, "30⁄5×4"),
-      ([30, 4, 5], 24, "30÷5⋅4"),
-      ([30, 4, 5], -21, "4 + 5 − 30 = −21."),
+      ([30, 4, 5], 21, "30–4–5"), ([30, 4, 5], 21, "30‑4−5 = 21."),
+      ([30, 4, 5], 24, "30∕5*4"), ([30, 4, 5], 24, "30⁄5×4"),
+      ([30, 4, 5], 24, "30÷5⋅4"), ([30, 4, 5], -21, "4 + 5 − 30 = −21."),
     ],
-  )
+  )  # fmt: skip
   def test_signs_of_unicode_are_operators(self, numbers, target, completion):
     example = {"ground_truth": [numbers, target]}
     assert TASKS["countdown"].verify(example, completion).correct
@@ -226,24 +195,12 @@ class TestCountdown:
   @pytest.mark.parametrize(
     "completion",
     [
-      "",
-      "23",
-      "3+4",
-      "3+4*5+0",
-      "3+4*5*1",
-      "3+4*5.",
-      "34*5",
-      "3 4 5",
-      "3**4*5",
-      "23=3+4*5",
-      "3+4*5=",
-      "it is 3+4*5",
-      "<answer></answer>3+4*5",
-      "<answer>3+4*5</answer><answer>3</answer>",
-      "3+4*5 = 23 = 24",
+      "", "23", "3+4", "3+4*5+0", "3+4*5*1", "3+4*5.", "34*5", "3 4 5",
+      "3**4*5", "23=3+4*5", "3+4*5=", "it is 3+4*5", "<answer></answer>3+4*5",
+      "<answer>3+4*5</answer><answer>3</answer>", "3+4*5 = 23 = 24",
       "3/(4-4)*5",
     ],
-  )
+  )  # fmt: skip
   def test_wrong_answers(self, completion):
     verdict = countdown(completion)
     assert not verdict.correct, verdict
@@ -464,26 +421,16 @@ class TestGsm8k:
   @pytest.mark.parametrize(
     "completion",
     [
-      "18",
-      "18.0",
-      "$18",
-      "#### 18",
-      "it is 17 #### 18",
-      r"\boxed{18}",
-      r"\boxed{17} no, \boxed{18}",
-      r"<answer>\boxed{18}</answer>",
-      r"<answer>\boxed{18\n</answer>",
-      "<answer>18</answer>",
+      "18", "18.0", "$18", "#### 18", "it is 17 #### 18", r"\boxed{18}",
+      r"\boxed{17} no, \boxed{18}", r"<answer>\boxed{18}</answer>",
+      r"<answer>\boxed{18\n</answer>", "<answer>18</answer>",
       "<answer>17</answer><answer>$18.00</answer>",
       "<answer>18 apples</answer>",
-      r"<answer>\boxed{18\text{ apples}}</answer>",
-      r"\boxed{\frac{36}{2}}",
-      r"\boxed{-\frac{-36}{2}}",
-      "<answer>36/2</answer>",
-      r"\boxed{9 + 9 = 18}",
+      r"<answer>\boxed{18\text{ apples}}</answer>", r"\boxed{\frac{36}{2}}",
+      r"\boxed{-\frac{-36}{2}}", "<answer>36/2</answer>", r"\boxed{9 + 9 = 18}",
       r"\boxed{18\%}",
     ],
-  )
+  )  # fmt: skip
   def test_right_answers(self, completion):
     verdict = gsm8k(completion.replace("\\n", "\n"))
     assert verdict.correct and verdict.reward == 1.0, verdict
@@ -492,30 +439,15 @@ class TestGsm8k:
   @pytest.mark.parametrize(
     "completion",
     [
-      "",
-      "the answer is 18",
-      "-18",
-      "17.9",
-      "181",
-      "<answer></answer>18",
-      "<answer>18</answer><answer>17</answer>",
-      r"\boxed{}18",
-      r"\boxed{18",
-      r"\boxed{18} \boxed{18",
-      r"\boxed{1_8}",
-      r"\boxed{18 19 20}",
-      r"\boxed{18:00 pm}",
-      r"\boxed{nan}",
-      r"\boxed{Infinity}",
-      r"\boxed{\frac{18}{0}}",
-      r"\boxed{2\frac{18}{1}}",
-      "<answer>18/0</answer>",
-      "<answer>1,8</answer>",
-      "<answer>0018 0</answer>",
-      "<answer>" + "1" * 500 + "</answer>",
-      "１８",
+      "", "the answer is 18", "-18", "17.9", "181", "<answer></answer>18",
+      "<answer>18</answer><answer>17</answer>", r"\boxed{}18", r"\boxed{18",
+      r"\boxed{18} \boxed{18", r"\boxed{1_8}", r"\boxed{18 19 20}",
+      r"\boxed{18:00 pm}", r"\boxed{nan}", r"\boxed{Infinity}",
+      r"\boxed{\frac{18}{0}}", r"\boxed{2\frac{18}{1}}",
+      "<answer>18/0</answer>", "<answer>1,8</answer>",
+      "<answer>0018 0</answer>", "<answer>" + "1" * 500 + "</answer>", "１８",
     ],
-  )
+  )  # fmt: skip
   def test_wrong_answers(self, completion):
     verdict = gsm8k(completion)
     assert not verdict.correct and verdict.reward == 0.0, verdict
@@ -823,16 +755,12 @@ class TestMath500:
   @pytest.mark.parametrize(
     "completion",
     [
-      "0.5",
-      r"\boxed{\frac{1}{2}}",
-      r"<answer>\boxed{\dfrac12}</answer>",
-      r"<answer>\frac{2}{4}</answer>",
-      r"<answer>\boxed{0.5</answer>",
-      r"\boxed{3} no, \boxed {.5}",
-      r"so \boxed 0.5$ it is",
+      "0.5", r"\boxed{\frac{1}{2}}", r"<answer>\boxed{\dfrac12}</answer>",
+      r"<answer>\frac{2}{4}</answer>", r"<answer>\boxed{0.5</answer>",
+      r"\boxed{3} no, \boxed {.5}", r"so \boxed 0.5$ it is",
       r"<answer>\boxed{ \frac { 50 } { 100 } }</answer><|eot_id|>",
     ],
-  )
+  )  # fmt: skip
   def test_answers_that_need_no_worker(self, completion, monkeypatch):
     monkeypatch.setattr(math500_module, "_ask", None)
     verdict = math500(completion)
@@ -842,29 +770,19 @@ class TestMath500:
   @pytest.mark.parametrize(
     "completion",
     [
-      "",
-      "the answer is 0.5",
-      r"\boxed{1}",
-      r"\boxed{0.5",
+      "", "the answer is 0.5", r"\boxed{1}", r"\boxed{0.5",
       r"\boxed{0.5} or \boxed{",
-      r"\boxed{\frac{1}{0}}" + " " * 100 + r"\boxed{2}",
-      "<answer></answer>0.5",
-      "<answer>0.5</answer><answer>2</answer>",
-      r"\boxed{9^{9^{9}}}",
-      r"\boxed{99999!}",
-      r"\boxed{(3!)!}",
-      r"\boxed{2^{1000000}}",
-      r"\boxed{((2^{999})^{999})^{999}}",
-      r"\boxed{(a+b+c+d)^{300}}",
+      r"\boxed{\frac{1}{0}}" + " " * 100 + r"\boxed{2}", "<answer></answer>0.5",
+      "<answer>0.5</answer><answer>2</answer>", r"\boxed{9^{9^{9}}}",
+      r"\boxed{99999!}", r"\boxed{(3!)!}", r"\boxed{2^{1000000}}",
+      r"\boxed{((2^{999})^{999})^{999}}", r"\boxed{(a+b+c+d)^{300}}",
       r"\boxed{x^{1000}-(x+1)^{1000}}",
       r"\boxed{\left(\frac{1}{3}+x\right)^{999}}",
-      r"\boxed{\int_0^1 x^{99999} dx}",
-      r"\boxed{\prod_{n=1}^{99999} n}",
-      r"\boxed{\binom{99999999}{4999999}}",
-      "\\boxed{" + "- " * 500 + "5}",
+      r"\boxed{\int_0^1 x^{99999} dx}", r"\boxed{\prod_{n=1}^{99999} n}",
+      r"\boxed{\binom{99999999}{4999999}}", "\\boxed{" + "- " * 500 + "5}",
       "<answer>" + "0.5 " * 1000 + "</answer>",
     ],
-  )
+  )  # fmt: skip
   def test_wrong_answers_that_need_no_worker(self, completion, monkeypatch):
     monkeypatch.setattr(math500_module, "_ask", None)
     verdict = math500(completion)
@@ -996,24 +914,12 @@ class TestD1:
   @pytest.mark.parametrize(
     ("text", "value"),
     [
-      ("2**3**2", 512),
-      ("-2**2", -4),
-      ("2**-1", 0.5),
-      ("7//2", 3),
-      ("-7//2", -4),
-      (".5*4", 2.0),
-      ("1.", 1.0),
-      ("(3+\n4)", 7),
-      ("3\n+4", None),
-      ("007", None),
-      ("00", 0),
-      ("9**9**9**9", None),
-      ("2(3)", None),
-      ("1/0", None),
-      ("0**-1", None),
-      ("٣", None),
+      ("2**3**2", 512), ("-2**2", -4), ("2**-1", 0.5), ("7//2", 3),
+      ("-7//2", -4), (".5*4", 2.0), ("1.", 1.0), ("(3+\n4)", 7),
+      ("3\n+4", None), ("007", None), ("00", 0), ("9**9**9**9", None),
+      ("2(3)", None), ("1/0", None), ("0**-1", None), ("٣", None),
     ],
-  )
+  )  # fmt: skip
   def test_value(self, text, value):
     assert arithmetic.python_value(text) == value
 

@@ -89,6 +89,6 @@ FAMILY = Family(
       max_length=131072,
       qkv_bias=True,
       logit_shift=True,
-    ),
+    )
   },
 )

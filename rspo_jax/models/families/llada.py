@@ -150,6 +150,6 @@ FAMILY = Family(
       eos_id=126081,
       pad_id=126081,
       max_length=4096,
-    ),
+    )
   },
 )
