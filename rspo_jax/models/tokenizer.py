@@ -31,14 +31,9 @@ END_TOKEN = "<|endoftext|>"
 
 # Copied along by `save`, so that other programs find the folder complete.
 TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "chat_template.jinja",
-  "added_tokens.json",
-  "vocab.json",
-  "merges.txt",
-)
+  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+  "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,14 +18,9 @@ WEIGHTS = {"correct": 0.9, "numbers": 0.1}
 STYLES = ("compact", *prompts.STYLES)
 
 _LATEX = {
-  "\\times": "*",
-  "\\cdot": "*",
-  "\\ast": "*",
-  "\\div": "/",
-  "\\left": "",
-  "\\right": "",
-  "\\,": "",
-}
+  "\\times": "*", "\\cdot": "*", "\\ast": "*", "\\div": "/", "\\left": "",
+  "\\right": "", "\\,": "",
+}  # fmt: skip
 _SIGNS = str.maketrans(
   {
     **dict.fromkeys(
@@ -222,14 +217,7 @@ def difficulty(example: base.Example) -> str:
 
 
 TASK = base.Task(
-  name="countdown",
-  examples=examples,
-  words=prompt,
-  demonstration=demonstration,
-  corrupt=corrupt,
-  strict=strict,
-  d1=d1.countdown,
-  weights=WEIGHTS,
-  styles=STYLES,
-  difficulty=difficulty,
-)
+  name="countdown", examples=examples, words=prompt,
+  demonstration=demonstration, corrupt=corrupt, strict=strict, d1=d1.countdown,
+  weights=WEIGHTS, styles=STYLES, difficulty=difficulty,
+)  # fmt: skip

@@ -52,39 +52,12 @@ _WORDS = re.compile(r"(?<!\\)\b[A-Za-z]+")
 # Words that make another number of a number, which no unit does.
 _OPERATORS = frozenset(
   [
-    "pi",
-    "sqrt",
-    "root",
-    "cbrt",
-    "log",
-    "ln",
-    "exp",
-    "sin",
-    "cos",
-    "tan",
-    "abs",
-    "floor",
-    "ceil",
-    "round",
-    "max",
-    "min",
-    "mod",
-    "minus",
-    "negative",
-    "plus",
-    "times",
-    "divided",
-    "multiplied",
-    "half",
-    "halves",
-    "twice",
-    "double",
-    "triple",
-    "factorial",
-    "not",
-    "than",
+    "pi", "sqrt", "root", "cbrt", "log", "ln", "exp", "sin", "cos", "tan",
+    "abs", "floor", "ceil", "round", "max", "min", "mod", "minus", "negative",
+    "plus", "times", "divided", "multiplied", "half", "halves", "twice",
+    "double", "triple", "factorial", "not", "than",
   ]
-)
+)  # fmt: skip
 _POWERS = frozenset(("squared", "cubed", "factorial"))  # right behind a number
 _LETTERS = frozenset("mgLlshdCFJNWVAtca")  # units of one letter, and "a day"
 _SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6,
@@ -234,12 +207,6 @@ def difficulty(example: base.Example) -> str | None:
 
 
 TASK = base.Task(
-  name="gsm8k",
-  examples=examples,
-  words=prompt,
-  strict=strict,
-  d1=d1.gsm8k,
-  weights=WEIGHTS,
-  styles=STYLES,
-  difficulty=difficulty,
-)
+  name="gsm8k", examples=examples, words=prompt, strict=strict, d1=d1.gsm8k,
+  weights=WEIGHTS, styles=STYLES, difficulty=difficulty,
+)  # fmt: skip

@@ -356,12 +356,6 @@ def difficulty(example: base.Example) -> str | None:
 
 
 TASK = base.Task(
-  name="math500",
-  examples=examples,
-  words=prompt,
-  strict=strict,
-  d1=d1.math500,
-  weights=WEIGHTS,
-  styles=STYLES,
-  difficulty=difficulty,
-)
+  name="math500", examples=examples, words=prompt, strict=strict, d1=d1.math500,
+  weights=WEIGHTS, styles=STYLES, difficulty=difficulty,
+)  # fmt: skip

@@ -174,14 +174,7 @@ def difficulty(example: base.Example) -> str:
 
 
 TASK = base.Task(
-  name="sudoku",
-  examples=examples,
-  words=prompt,
-  demonstration=demonstration,
-  corrupt=corrupt,
-  strict=strict,
-  d1=d1.sudoku,
-  weights=WEIGHTS,
-  styles=STYLES,
+  name="sudoku", examples=examples, words=prompt, demonstration=demonstration,
+  corrupt=corrupt, strict=strict, d1=d1.sudoku, weights=WEIGHTS, styles=STYLES,
   difficulty=difficulty,
-)
+)  # fmt: skip

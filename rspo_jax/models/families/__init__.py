@@ -16,17 +16,9 @@ from rspo_jax.models.families.config import (
 )
 
 __all__ = [
-  "FAMILIES",
-  "PUBLISHED",
-  "CheckpointError",
-  "Family",
-  "Fields",
-  "ModelConfig",
-  "UnsupportedConfig",
-  "family_of",
-  "from_hf",
-  "to_hf",
-]
+  "FAMILIES", "PUBLISHED", "CheckpointError", "Family", "Fields", "ModelConfig",
+  "UnsupportedConfig", "family_of", "from_hf", "to_hf",
+]  # fmt: skip
 
 FAMILIES: dict[str, Family] = {"llada": llada.FAMILY, "dream": dream.FAMILY}
 
@@ -48,22 +40,15 @@ _SHARED = {
 # Keys of relatives of these models: absent from the two families' configs,
 # and not computed here, so that only a value that switches them off passes.
 _ONLY_NEUTRAL = {
-  "clip_qkv": (None,),
-  "norm_after": (None, False),
-  "residual_scale": (None, 1, 1.0),
-  "residual_multiplier": (None, 1, 1.0),
-  "embedding_multiplier": (None, 1, 1.0),
-  "attention_multiplier": (None,),
-  "logits_scaling": (None, 1, 1.0),
-  "logit_softcapping": (None,),
-  "final_logit_softcapping": (None,),
-  "attn_logit_softcapping": (None,),
-  "emb_init_std": (None,),
-  "scale_emb_init": (None, False),
-  "partial_rotary_factor": (None, 1, 1.0),
-  "quantization_config": (None,),
+  "clip_qkv": (None,), "norm_after": (None, False),
+  "residual_scale": (None, 1, 1.0), "residual_multiplier": (None, 1, 1.0),
+  "embedding_multiplier": (None, 1, 1.0), "attention_multiplier": (None,),
+  "logits_scaling": (None, 1, 1.0), "logit_softcapping": (None,),
+  "final_logit_softcapping": (None,), "attn_logit_softcapping": (None,),
+  "emb_init_std": (None,), "scale_emb_init": (None, False),
+  "partial_rotary_factor": (None, 1, 1.0), "quantization_config": (None,),
   "num_experts": (None, 0),
-}
+}  # fmt: skip
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -6,15 +6,12 @@ from rspo_jax.models.families.config import Family, Fields, ModelConfig
 
 # Keys that say what a field of ModelConfig says.
 _PLAIN = {
-  "hidden_size": "width",
-  "num_hidden_layers": "layers",
-  "num_attention_heads": "heads",
-  "num_key_value_heads": "kv_heads",
-  "intermediate_size": "mlp_width",
-  "vocab_size": "vocab_size",
+  "hidden_size": "width", "num_hidden_layers": "layers",
+  "num_attention_heads": "heads", "num_key_value_heads": "kv_heads",
+  "intermediate_size": "mlp_width", "vocab_size": "vocab_size",
   "max_position_embeddings": "max_length",
   "tie_word_embeddings": "tie_embeddings",
-}
+}  # fmt: skip
 # What this transformer computes, whatever else the original classes can do.
 _COMPUTED = {
   "hidden_act": "silu",

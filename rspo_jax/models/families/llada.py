@@ -12,35 +12,23 @@ from rspo_jax.models.families.config import (
 
 # Keys that say what a field of ModelConfig says.
 _PLAIN = {
-  "d_model": "width",
-  "n_layers": "layers",
-  "n_heads": "heads",
-  "max_sequence_length": "max_length",
-  "include_bias": "linear_bias",
-  "attention_layer_norm": "qk_norm",
-  "scale_logits": "scale_logits",
-  "input_emb_norm": "scale_embedding",
-  "weight_tying": "tie_embeddings",
-}
+  "d_model": "width", "n_layers": "layers", "n_heads": "heads",
+  "max_sequence_length": "max_length", "include_bias": "linear_bias",
+  "attention_layer_norm": "qk_norm", "scale_logits": "scale_logits",
+  "input_emb_norm": "scale_embedding", "weight_tying": "tie_embeddings",
+}  # fmt: skip
 # Keys whose meaning depends on others.
 _DERIVED = {
-  "n_kv_heads": "kv_heads",
-  "mlp_hidden_size": "mlp_width",
-  "vocab_size": "vocab_size",
-  "embedding_size": "vocab_size",
-  "include_qkv_bias": "qkv_bias",
-  "bias_for_layer_norm": "norm_bias",
-}
+  "n_kv_heads": "kv_heads", "mlp_hidden_size": "mlp_width",
+  "vocab_size": "vocab_size", "embedding_size": "vocab_size",
+  "include_qkv_bias": "qkv_bias", "bias_for_layer_norm": "norm_bias",
+}  # fmt: skip
 # What this transformer computes, whatever else the original classes can do.
 _COMPUTED = {
-  "block_type": "llama",
-  "block_group_size": 1,
-  "activation_type": "silu",
-  "layer_norm_type": "rms",
-  "layer_norm_with_affine": True,
-  "rope": True,
+  "block_type": "llama", "block_group_size": 1, "activation_type": "silu",
+  "layer_norm_type": "rms", "layer_norm_with_affine": True, "rope": True,
   "alibi": False,
-}
+}  # fmt: skip
 
 
 def _read(fields: Fields) -> dict[str, Any]:
