@@ -20,6 +20,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax import traverse_util
 
 from rspo_jax.models import checkpoints, lora, model_folder, safetensors_files
 from rspo_jax.models.checkpoints import (
@@ -95,12 +96,12 @@ def load_adapter(
   )
   targets = _check_modules(tensors, modules, source, where)
   settings = _settings(source, targets)
-  adapter = {}
+  arrays = {}
   for target in targets:
-    names, shape = modules[target]
-    *_, inputs, outputs = shape
+    leaf = modules[target]
+    *stacked, inputs, outputs = leaf.shape
     pairs = []
-    for name in names:
+    for name in _names(leaf):
       a, b = tensors[name]
       for matrix, letter, wanted in (
         (a, "A", (settings.rank, inputs)),
@@ -113,13 +114,10 @@ def load_adapter(
             f"{wanted}; is it an adapter of another model?"
           )
       pairs.append((a.T, b.T))
-    a, b = (np.stack(side) for side in zip(*pairs, strict=True))
-    if target == "head":
-      adapter["head"] = {"a": jnp.asarray(a[0]), "b": jnp.asarray(b[0])}
-    else:
-      pair = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
-      adapter.setdefault("layers", {})[target] = pair
-  return settings, adapter, source
+    for side, matrices in zip("ab", zip(*pairs, strict=True), strict=True):
+      array = np.stack(matrices).reshape(*stacked, *matrices[0].shape)
+      arrays[*leaf.path[:-1], side] = jnp.asarray(array)
+  return settings, traverse_util.unflatten_dict(arrays), source
 
 
 def save_adapter(
@@ -143,19 +141,16 @@ def save_adapter(
   """
   from etils import epath
 
-  modules = _modules(config)
+  modules, arrays = _modules(config), traverse_util.flatten_dict(adapter)
   tensors = {}
   for target in settings.targets:
-    names, _ = modules[target]
-    pair = adapter["head"] if target == "head" else adapter["layers"][target]
-    a, b = (checkpoints.to_host(pair[side]) for side in ("a", "b"))
-    if target == "head":
-      a, b = a[None], b[None]
-    for layer, name in enumerate(names):
-      for letter, matrix in (("A", a[layer]), ("B", b[layer])):
-        tensors[f"{PREFIX}{name}.lora_{letter}.weight"] = np.ascontiguousarray(
-          matrix.T
-        )
+    leaf = modules[target]
+    for side in ("a", "b"):
+      host = checkpoints.to_host(arrays[*leaf.path[:-1], side])
+      matrices = host.reshape(-1, *host.shape[-2:])
+      for name, matrix in zip(_names(leaf), matrices, strict=True):
+        full = f"{PREFIX}{name}.lora_{side.upper()}.weight"
+        tensors[full] = np.ascontiguousarray(matrix.T)
   written = dict(source) if source else _new_config(config, settings, base)
   written |= {
     "r": settings.rank,
@@ -171,16 +166,18 @@ def save_adapter(
   model_folder.write_file(folder / CONFIG, model_folder.json_bytes(written))
 
 
-def _modules(
-  config: ModelConfig,
-) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-  """Checkpoint modules, one a layer, and kernel shape of each target."""
-  found = {}
-  for leaf in checkpoints.leaves(config):
-    if leaf.path[-1] == "kernel":
-      names = tuple(name.removesuffix(".weight") for name in leaf.names)
-      found[leaf.path[-2]] = (names, leaf.shape)
-  return found
+def _modules(config: ModelConfig) -> dict[str, checkpoints.Leaf]:
+  """The kernel of each target."""
+  return {
+    leaf.path[-2]: leaf
+    for leaf in checkpoints.leaves(config)
+    if leaf.path[-1] == "kernel"
+  }
+
+
+def _names(leaf: checkpoints.Leaf) -> list[str]:
+  """Checkpoint modules of a kernel, one a layer."""
+  return [name.removesuffix(".weight") for name in leaf.names]
 
 
 def _by_module(tensors, where: str):
@@ -209,7 +206,7 @@ def _by_module(tensors, where: str):
 def _check_modules(tensors, modules, source, where) -> tuple[str, ...]:
   """Targets that the tensors adapt, checked against names on both sides."""
   target_by_module = {
-    name: target for target, (names, _) in modules.items() for name in names
+    name: target for target, leaf in modules.items() for name in _names(leaf)
   }
   for module in tensors:
     if module not in target_by_module:
@@ -309,9 +306,9 @@ def _settings(source, targets) -> LoraSettings:
 def _new_config(config, settings, base) -> dict[str, Any]:
   """adapter_config.json of an adapter that was made here."""
   modules = _modules(config)
-  wanted = {name for t in settings.targets for name in modules[t][0]}
+  wanted = {name for t in settings.targets for name in _names(modules[t])}
   names = sorted({name.rsplit(".", 1)[-1] for name in wanted})
-  every = {name for names_, _ in modules.values() for name in names_}
+  every = {name for leaf in modules.values() for name in _names(leaf)}
   target_modules: Any = names
   if {name for name in every if _named(names, name)} != wanted:
     # LLaDA calls a layer's down projection and its head both ff_out; a list

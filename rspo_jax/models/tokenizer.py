@@ -103,18 +103,14 @@ class Tokenizer:
       config: the checkpoint's config.json, {} where there is none.
       where: the folder's name, for messages.
     """
-    options = tokenizer_files.json_of(files, "tokenizer_config.json", where)
-    special = tokenizer_files.special_tokens(files, options, where)
-    backend = tokenizer_files.build_backend(files, options, special, where)
+    backend, options, special = tokenizer_files.read(files, where)
     ids = {
-      role: _resolve_id(role, backend, special, config, where)
+      f"{role}_id": _resolve_id(role, backend, special, config, where)
       for role in ("mask", "eos", "pad")
     }
     return cls(
       backend=backend,
-      mask_id=ids["mask"],
-      eos_id=ids["eos"],
-      pad_id=ids["pad"],
+      **ids,
       template=_template(files, options, where),
       special_by_role=special,
       files=dict(files),

@@ -116,9 +116,7 @@ def try_here(folder: str) -> None:
     file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()
   }
   try:
-    options = json_of(files, "tokenizer_config.json", folder)
-    special = special_tokens(files, options, folder)
-    backend = build_backend(files, options, special, folder)
+    backend, *_ = read(files, folder)
   except CheckpointError as error:
     if isinstance(error.__cause__, Panic):
       raise
@@ -137,7 +135,7 @@ def try_here(folder: str) -> None:
       continue
 
 
-def json_of(files, name: str, where: str) -> dict[str, Any]:
+def _json_of(files, name: str, where: str) -> dict[str, Any]:
   """A JSON file of the tokenizer, {} where there is none."""
   return model_folder.parse_json(files.get(name, b"{}"), f"{where}/{name}")
 
@@ -158,65 +156,72 @@ def _content(token, where: str, key: str) -> str | None:
   return text
 
 
-def special_tokens(files, options, where) -> dict[str, str]:
-  """Special tokens by role, from both files that may name them."""
-  special = {}
-  for name, source in (
-    (
-      "special_tokens_map.json",
-      json_of(files, "special_tokens_map.json", where),
+def read(
+  files: Mapping[str, bytes], where: str
+) -> tuple[tokenizers.Tokenizer, dict[str, Any], dict[str, str]]:
+  """What makes texts of ids, tokenizer_config.json, special tokens by role.
+
+  Args:
+    files: contents by name.
+    where: the folder's name, for messages.
+
+  Raises:
+    CheckpointError: naming file and entry.
+  """
+  options = _json_of(files, "tokenizer_config.json", where)
+  sources = {
+    f"{where}/special_tokens_map.json": _json_of(
+      files, "special_tokens_map.json", where
     ),
-    ("tokenizer_config.json", options),
-  ):
+    f"{where}/tokenizer_config.json": options,
+  }
+  special = {}
+  for file, source in sources.items():
     for role in _ROLES:
       key = f"{role}_token"
-      token = _content(source.get(key), f"{where}/{name}", key)
+      token = _content(source.get(key), file, key)
       if token is not None:
         special[key] = token
-  return special
+  if "tokenizer.json" in files:
+    backend = _from_json(files["tokenizer.json"], where)
+  else:
+    named = _named(sources) | set(special.values()) | set(MASK_NAMES)
+    backend = _byte_level(files, options, named, where)
+  # Settings of whoever saved the file last: prompts would lose their ends.
+  backend.no_truncation()
+  backend.no_padding()
+  _check_growth(backend, where)
+  return backend, options, special
 
 
-def _special_texts(files, options, special, where) -> set[str]:
-  """All texts that are named as special, with a role or without."""
-  texts = set(special.values()) | set(MASK_NAMES)
-  token_map = json_of(files, "special_tokens_map.json", where)
-  for name, source in (
-    ("special_tokens_map.json", token_map),
-    ("tokenizer_config.json", options),
-  ):
+def _named(sources) -> set[str]:
+  """Texts that are named as special without a role."""
+  texts = set()
+  for file, source in sources.items():
     for key in ("additional_special_tokens", "extra_special_tokens"):
       tokens = source.get(key) or []
       if isinstance(tokens, dict):
         tokens = list(tokens.values())
       if not isinstance(tokens, list):
-        raise wrong(f"{where}/{name}", key, tokens, "list of tokens")
-      texts |= {_content(token, f"{where}/{name}", key) for token in tokens}
+        raise wrong(file, key, tokens, "list of tokens")
+      texts |= {_content(token, file, key) for token in tokens}
   return texts
 
 
-def build_backend(files, options, special, where) -> tokenizers.Tokenizer:
-  """The `tokenizers` object of either layout."""
-  if "tokenizer.json" not in files:
-    backend = _byte_level(files, options, special, where)
-  else:
-    try:
-      text = files["tokenizer.json"].decode()
-      backend = guarded(tokenizers.Tokenizer.from_str, text)
-    except Exception as error:  # the library raises bare Exceptions
-      raise CheckpointError(
-        f"{where}/tokenizer.json is damaged or from a newer version of "
-        f"`tokenizers` ({error!s:.300}); download it again or upgrade `tokenizers`."
-      ) from error
-  # Settings of whoever saved the file last: prompts would lose their ends.
-  backend.no_truncation()
-  backend.no_padding()
-  _check_growth(backend, where)
-  return backend
+def _from_json(content: bytes, where: str) -> tokenizers.Tokenizer:
+  """The tokenizer that tokenizer.json describes."""
+  try:
+    return guarded(tokenizers.Tokenizer.from_str, content.decode())
+  except Exception as error:  # the library raises bare Exceptions
+    raise CheckpointError(
+      f"{where}/tokenizer.json is damaged or from a newer version of "
+      f"`tokenizers` ({error!s:.300}); download it again or upgrade `tokenizers`."
+    ) from error
 
 
-def _byte_level(files, options, special, where) -> tokenizers.Tokenizer:
+def _byte_level(files, options, named, where) -> tokenizers.Tokenizer:
   """Byte-level BPE of the Qwen2 kind from vocab.json and merges.txt."""
-  vocabulary = json_of(files, "vocab.json", where)
+  vocabulary = _json_of(files, "vocab.json", where)
   try:
     lines = files["merges.txt"].decode().split("\n")
     merges = [
@@ -239,7 +244,7 @@ def _byte_level(files, options, special, where) -> tokenizers.Tokenizer:
     ]
   )
   backend.decoder = decoders.ByteLevel()
-  for token, added in _added_tokens(files, options, special, where):
+  for token, added in _added_tokens(files, options, named, where):
     add = backend.add_special_tokens if added.special else backend.add_tokens
     guarded(add, [added])
     if backend.token_to_id(added.content) != token:
@@ -251,16 +256,15 @@ def _byte_level(files, options, special, where) -> tokenizers.Tokenizer:
   return backend
 
 
-def _added_tokens(files, options, special, where):
+def _added_tokens(files, options, named, where):
   """(id, token) of the added tokens in the order of their ids.
 
   As in transformers, an added token is special where its entry says so or a
   role names it; added_tokens.json, the older file, has no entries.
   """
-  named = _special_texts(files, options, special, where)
   added = {}
   file = f"{where}/added_tokens.json"
-  for content, token in json_of(files, "added_tokens.json", where).items():
+  for content, token in _json_of(files, "added_tokens.json", where).items():
     if type(token) is not int or not 0 <= token <= MAX_ID:
       raise wrong(file, content, token, "id")
     added[token] = {"content": content}

@@ -1,12 +1,14 @@
 """Evaluates arithmetic that a model wrote, and never runs any of it.
 
-Two-stack parsers, linear in their input: `evaluate` computes exactly, in integer
+Linear in its input: `evaluate` computes exactly, in integer
 fractions; `python_value` gives what Python would, for verdicts that were made
 by it.
 """
 
 import operator
 import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 _MAX_DIGITS = 18
 _MAX_TOKENS = 4096
@@ -19,7 +21,9 @@ class MalformedError(ValueError):
 
 
 _TOKENS = re.compile(r"[0-9]+|\S")
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "~": 3}
+_PRECEDENCE = {
+  "+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "~": 3, "**": 4,
+}  # fmt: skip
 
 
 def tokens(text: str) -> list[str]:
@@ -49,18 +53,20 @@ def numbers_in(found: list[str]) -> list[int]:
   return [int(token) for token in found if token[0] not in "+-*/()"]
 
 
-def evaluate(found: list[str]) -> tuple[int, int]:
-  """Evaluates tokens with + - * / ( ) and unary signs, exactly.
+def _parse(
+  found: Iterable[str], literal: Callable[[str], Any], apply: Callable
+) -> Any:
+  """Evaluates tokens by two stacks, of values and of what is pending.
 
-  Returns:
-    (numerator, denominator), denominator never 0, not reduced.
+  Args:
+    found: numbers, operators and parentheses; a sign is an operator.
+    literal: a number's token -> its value.
+    apply: (stack of values, operator) -> None; `~` is the unary minus.
 
   Raises:
-    MalformedError: wrong grammar or division by zero.
+    MalformedError: wrong grammar.
   """
-  values: list[tuple[int, int]] = []
-  pending: list[str] = []  # operators and open parentheses; ~ is unary minus
-  operand_next = True
+  values, pending, operand_next = [], [], True
   for token in found:
     if token == "(":
       if not operand_next:
@@ -70,7 +76,7 @@ def evaluate(found: list[str]) -> tuple[int, int]:
       if operand_next:
         raise MalformedError("a number is missing before )")
       while pending and pending[-1] != "(":
-        _reduce(values, pending.pop())
+        apply(values, pending.pop())
       if not pending:
         raise MalformedError("unbalanced )")
       pending.pop()
@@ -81,24 +87,35 @@ def evaluate(found: list[str]) -> tuple[int, int]:
         elif token != "+":
           raise MalformedError(f"a number is missing before {token}")
         continue
-      rank = _PRECEDENCE[token]
-      while pending and _PRECEDENCE.get(pending[-1], 0) >= rank:
-        _reduce(values, pending.pop())
+      floor = _PRECEDENCE[token] + (token == "**")  # of equals the right first
+      while pending and _PRECEDENCE.get(pending[-1], 0) >= floor:
+        apply(values, pending.pop())
       pending.append(token)
       operand_next = True
     else:
       if not operand_next:
         raise MalformedError(f"an operator is missing before {token}")
-      values.append((int(token), 1))
+      values.append(literal(token))
       operand_next = False
   if operand_next:
     raise MalformedError("a number is missing at the end")
   while pending:
-    sign = pending.pop()
-    if sign == "(":
+    if pending[-1] == "(":
       raise MalformedError("unbalanced (")
-    _reduce(values, sign)
+    apply(values, pending.pop())
   return values[0]
+
+
+def evaluate(found: list[str]) -> tuple[int, int]:
+  """Evaluates tokens with + - * / ( ) and unary signs, exactly.
+
+  Returns:
+    (numerator, denominator), denominator never 0, not reduced.
+
+  Raises:
+    MalformedError: wrong grammar or division by zero.
+  """
+  return _parse(found, lambda token: (int(token), 1), _reduce)
 
 
 def _reduce(values: list[tuple[int, int]], sign: str) -> None:
@@ -124,9 +141,6 @@ _ALLOWED = re.compile(r"[\d+\-*/().\s]+\n?\Z")
 _PYTHON_TOKEN = re.compile(
   r"\*\*|//|[-+*/()]|[0-9]+\.?[0-9]*|\.[0-9]+|[ \t\f]+|[\r\n]+|.", re.DOTALL
 )
-_PYTHON_PRECEDENCE = {
-  "+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "neg": 3, "pos": 3, "**": 4
-}  # fmt: skip
 _BINARY = {
   "+": operator.add,
   "-": operator.sub,
@@ -148,57 +162,27 @@ def python_value(text: str):
   """
   if not _ALLOWED.match(text):
     return None
-  values, pending = [], []
-  operand_next, depth = True, 0
   try:
-    for match in _PYTHON_TOKEN.finditer(text.strip()):
-      token = match.group()
-      first = token[0]
-      if first in " \t\f" or (first in "\r\n" and depth):
-        continue
-      if first.isascii() and (first.isdigit() or token[1:].isdigit()):
-        if not operand_next:
-          return None
-        values.append(_number(token))
-        operand_next = False
-      elif token == "(":
-        if not operand_next:
-          return None
-        pending.append(token)
-        depth += 1
-        if depth > _MAX_DEPTH:
-          return None
-      elif token == ")":
-        if operand_next or not depth:
-          return None
-        while pending[-1] != "(":
-          _apply(values, pending.pop())
-        pending.pop()
-        depth -= 1
-      elif token not in _PYTHON_PRECEDENCE:
-        return None
-      elif operand_next:
-        if token not in "+-":
-          return None
-        pending.append("neg" if token == "-" else "pos")
-      else:
-        rank = _PYTHON_PRECEDENCE[token]
-        floor = rank + 1 if token == "**" else rank
-        while pending and _PYTHON_PRECEDENCE.get(pending[-1], 0) >= floor:
-          _apply(values, pending.pop())
-        pending.append(token)
-        operand_next = True
-    if operand_next or depth:
-      return None
-    while pending:
-      _apply(values, pending.pop())
+    return _parse(_python_tokens(text.strip()), _number, _apply)
   except (ArithmeticError, TypeError, ValueError):
     return None
-  return values[0]
+
+
+def _python_tokens(text: str) -> Iterator[str]:
+  """The tokens of Python, in which a line may end within parentheses only."""
+  depth = 0
+  for token in _PYTHON_TOKEN.findall(text):
+    depth += (token == "(") - (token == ")")
+    if depth > _MAX_DEPTH:
+      raise MalformedError("nested too deeply")
+    if token[0] not in " \t\f" and not (token[0] in "\r\n" and depth):
+      yield token
 
 
 def _number(token: str):
   """Reads a literal; an integer with leading zeros is none."""
+  if not token.isascii() or not token.replace(".", "", 1).isdigit():
+    raise ValueError(token)
   if "." in token:
     return float(token)
   if token[0] == "0" and token.strip("0"):
@@ -209,10 +193,8 @@ def _number(token: str):
 def _apply(values: list, name: str) -> None:
   """Applies an operator to the top of the value stack."""
   right = values.pop()
-  if name == "neg":
+  if name == "~":
     values.append(-right)
-  elif name == "pos":
-    values.append(+right)
   elif name == "**":
     values.append(_power(values.pop(), right))
   else:

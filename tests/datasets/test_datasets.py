@@ -300,7 +300,7 @@ class TestBuilders:
       builders.prepare(name, "small", 0, str(tmp_path / "file"))
 
   def test_an_unknown_size_is_named(self, builders, name, tmp_path):
-    with pytest.raises(ValueError, match=r"data.size='huge'.*small, large"):
+    with pytest.raises(ValueError, match=r"data.size='huge'.*large, small"):
       builders.prepare(name, "huge", 0, str(tmp_path))
 
   def test_nothing_is_printed_to_stdout(self, builders, name, tmp_path, capsys):

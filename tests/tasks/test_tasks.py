@@ -1251,7 +1251,7 @@ def test_20000_compact_completions_a_second(task, protocol, examples):
 @pytest.mark.parametrize("task", sorted(EXAMPLES))
 class TestMistakesOfCallers:
   def test_an_unknown_protocol_is_named(self, task):
-    with pytest.raises(ValueError, match=r"protocol='d2'.*strict, d1"):
+    with pytest.raises(ValueError, match=r"protocol='d2'.*d1, strict"):
       TASKS[task].verify(EXAMPLES[task], "", "d2")
 
   def test_an_unknown_style_is_named(self, task):
