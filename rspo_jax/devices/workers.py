@@ -20,6 +20,7 @@ rewards that users bring.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -168,6 +169,14 @@ class Workers:
 
   def _spawn(self) -> "_Worker":
     return _Worker(self.target, self.limits, self._quiet)
+
+
+@functools.cache
+def pool(
+  target: str, count: int, limits: Limits, quiet: bool = False
+) -> Workers:
+  """The workers of a program: the same ones for the same arguments."""
+  return Workers(target, count, limits, quiet)
 
 
 class _Worker:

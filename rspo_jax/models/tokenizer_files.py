@@ -95,15 +95,9 @@ def _trial(files: tuple[tuple[str, bytes], ...]) -> str:
   with tempfile.TemporaryDirectory() as folder:
     for name, content in files:
       (pathlib.Path(folder) / name).write_bytes(content)
-    (outcome,) = _worker().map([[folder]])
+    pool = workers.pool(f"{__name__}:try_here", 1, _TRIAL, quiet=True)
+    (outcome,) = pool.map([[folder]])
   return outcome.reason
-
-
-@functools.lru_cache(maxsize=1)
-def _worker() -> workers.Workers:
-  """The process in which tokenizers are tried out."""
-  target = f"{__name__}:try_here"
-  return workers.Workers(target, count=1, limits=_TRIAL, quiet=True)
 
 
 def try_here(folder: str) -> None:

@@ -44,9 +44,8 @@ _CORRECT = 1.0 - 1e-9
 _REMEDY = "pip install -r requirements-gym.txt"
 
 
-@functools.cache
 def _pool(count: int, limits: workers.Limits) -> workers.Workers:
-  return workers.Workers(_TARGET, count, limits, quiet=True)
+  return workers.pool(_TARGET, count, limits, quiet=True)
 
 
 def _map(pool: workers.Workers, calls: Sequence[tuple]):

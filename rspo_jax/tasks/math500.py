@@ -49,10 +49,9 @@ _DIGITS_ONLY = re.compile(r"[{(\s]*[0-9]")
 _SPACE = re.compile(r"\s+|\\[,;!: ]")
 
 
-@functools.cache
 def _pool() -> workers.Workers:
   count = max(2, min(8, (os.cpu_count() or 1) // 2))
-  return workers.Workers(_TARGET, count, _LIMITS, quiet=True)
+  return workers.pool(_TARGET, count, _LIMITS, quiet=True)
 
 
 def _ask(calls: Sequence[tuple]) -> list[workers.Outcome]:

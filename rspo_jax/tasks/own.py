@@ -20,7 +20,6 @@ wrong, with reward 0, and its verdict says why.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -51,11 +50,6 @@ class RewardSettings:
   extra: str = ""
   processes: int = 2
   limits: workers.Limits = dataclasses.field(default_factory=workers.Limits)
-
-
-@functools.cache
-def _pool(target: str, count: int, limits: workers.Limits) -> workers.Workers:
-  return workers.Workers(target, count, limits)
 
 
 def _number(value: Any) -> float | None:
@@ -136,10 +130,7 @@ def make_task(target: str, settings: RewardSettings) -> base.Task:
   Raises:
     ValueError: the name is not of that form.
   """
-  workers.check_target(target)
-
-  def pool() -> workers.Workers:
-    return _pool(target, settings.processes, settings.limits)
+  pool = workers.pool(target, settings.processes, settings.limits)
 
   def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
     if not data.source:
@@ -149,11 +140,11 @@ def make_task(target: str, settings: RewardSettings) -> base.Task:
         " in the path for one file a split."
       )
     found = files.load_split(data.source, split, parse_row)
-    pool().start()
+    pool.start()
     return found
 
   def strict(pairs: base.Pairs) -> list[base.Finding]:
-    found = [verdict(outcome) for outcome in pool().map(pairs)]
+    found = [verdict(outcome) for outcome in pool.map(pairs)]
     return [(each.correct, each.parts, each.reason) for each in found]
 
   return base.Task(
@@ -174,17 +165,14 @@ def with_extra(task: base.Task, settings: RewardSettings) -> base.Task:
   Its part is called `extra`, with weight 1 unless the weights say otherwise; a
   score of its own never makes an answer correct.
   """
-  workers.check_target(settings.extra)
-
-  def pool() -> workers.Workers:
-    return _pool(settings.extra, settings.processes, settings.limits)
+  pool = workers.pool(settings.extra, settings.processes, settings.limits)
 
   def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
-    pool().start()
+    pool.start()
     return task.examples(split, data)
 
   def extra(pairs: base.Pairs) -> list[base.Verdict]:
-    return [verdict(outcome) for outcome in pool().map(pairs)]
+    return [verdict(outcome) for outcome in pool.map(pairs)]
 
   return dataclasses.replace(
     task,

@@ -306,13 +306,11 @@ def test_rules_that_explode_are_refused_and_end_no_run(
 ):
   limits = workers.Limits(time_s=3.0, memory_bytes=1 << 30)
   monkeypatch.setattr(tokenizer_files, "_TRIAL", limits)
-  tokenizer_files._worker.cache_clear()
   folder = word_folder(tmp_path / "folder")
   assert Tokenizer.load(folder) is not None
   change(folder, "tokenizer.json", **rules)
   with pytest.raises(CheckpointError, match=message):
     Tokenizer.load(folder)
-  tokenizer_files._worker.cache_clear()
 
 
 def test_a_padding_rule_without_end_does_not_act(tmp_path):

@@ -179,12 +179,8 @@ class TestData:
 
 def test_without_the_package_the_remedy_is_named(monkeypatch, few):
   monkeypatch.setattr(gym, "_TARGET", "no_such_package.generators:call")
-  gym._pool.cache_clear()
-  try:
-    with pytest.raises(ValueError, match=r"requirements-gym\.txt"):
-      find(SUMS).load("train", few)
-  finally:
-    gym._pool.cache_clear()
+  with pytest.raises(ValueError, match=r"requirements-gym\.txt"):
+    find(SUMS).load("train", few)
 
 
 def answers_to(example, rng, count):

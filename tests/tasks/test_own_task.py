@@ -45,7 +45,7 @@ def test_the_documented_example_runs(here):
   from rspo_jax.run import settings
 
   built = settings.build(config, 1)
-  task = tasks.find(built.task.name, built.task.reward)
+  task = tasks.find(built.task.name, built.reward)
   for split in base.SPLITS:
     assert len(data.load_examples(task, split, built.data)) == 1000
   examples = data.load_examples(task, "test", built.data)[:2]
