@@ -89,8 +89,8 @@ def check_workdir(workdir: str, config: dict, mode: str) -> None:
   """
   home = mirror.Home(workdir)
   folder = home.local
-  check_links(folder, f"--workdir={workdir}")
   try:
+    check_links(folder, f"--workdir={workdir}")
     if home.in_bucket:
       before = mirror.answer(
         f"--workdir={workdir}", lambda: _probe_bucket(home.address)

@@ -6,12 +6,13 @@ for one that is not known.
 """
 
 import dataclasses
-import difflib
 import importlib
 import math
 import types
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from rspo_jax.config import names
 
 
 def key(
@@ -101,10 +102,9 @@ def one_of(name: str, value: str, allowed: Iterable[str]) -> None:
   """
   allowed = sorted(allowed)
   if value not in allowed:
-    near = difflib.get_close_matches(str(value), allowed, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = names.did_you_mean(value, allowed)
     raise ValueError(
-      f"{name}={value!r} is not known; {hint}choose from {', '.join(allowed)}."
+      f"{name}={value!r} is not known; {near}choose from {', '.join(allowed)}."
     )
 
 

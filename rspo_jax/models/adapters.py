@@ -34,6 +34,7 @@ from rspo_jax.models.families import (
   UnsupportedConfig,
 )
 from rspo_jax.models.lora import LoraSettings
+from rspo_jax.storage import files
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -162,8 +163,8 @@ def save_adapter(
   folder = epath.Path(path).expanduser()
   model_folder.make_folder(folder)
   content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-  model_folder.write_file(folder / WEIGHTS, content)
-  model_folder.write_file(folder / CONFIG, model_folder.json_bytes(written))
+  files.write(folder / WEIGHTS, content)
+  files.write_json(folder / CONFIG, written)
 
 
 def _modules(config: ModelConfig) -> dict[str, checkpoints.Leaf]:

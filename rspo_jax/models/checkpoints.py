@@ -42,6 +42,7 @@ from rspo_jax.models.families import (
 )
 from rspo_jax.models.safetensors_files import INDEX, MissingTensor, Stored
 from rspo_jax.models.tokenizer import Tokenizer
+from rspo_jax.storage import files
 
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9  # the hub's own limit for one file
@@ -180,12 +181,12 @@ def load_model(path, dtype="float32", shardings=None) -> Model:
       # again; without this two parameters would be in host memory.
       jax.device_put(np.float32(0))
   names = sorted(entry.name for entry in folder.iterdir())
-  files, _ = model_folder.read_companions(
+  companions, _ = model_folder.read_companions(
     folder, filter(_COMPANIONS.fullmatch, names)
   )
   params = traverse_util.unflatten_dict(arrays)
   return dataclasses.replace(
-    described, config=config, params=params, source_files=files
+    described, config=config, params=params, source_files=companions
   )
 
 
@@ -264,20 +265,16 @@ def save_model(model: Model, path) -> None:
   if not writes:
     return
   if len(shards) > 1:
-    model_folder.write_file(
-      folder / INDEX, model_folder.json_bytes(_index(shards, by_path))
-    )
+    files.write_json(folder / INDEX, _index(shards, by_path))
   keep = {*shards, INDEX} if len(shards) > 1 else set(shards)
   for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
     if old.name not in keep and old.exists():
       old.unlink()
   for name, content in model.source_files.items():
-    model_folder.write_file(folder / name, content)
+    files.write(folder / name, content)
   if model.tokenizer is not None:
     model.tokenizer.save(folder)
-  model_folder.write_file(
-    folder / "config.json", model_folder.json_bytes(source_config)
-  )
+  files.write_json(folder / "config.json", source_config)
 
 
 def check_tensors(
@@ -292,11 +289,11 @@ def check_tensors(
     name: leaf.tensor_shape for leaf in wanted for name in leaf.names
   }
   missing = [name for name in shape_by_name if name not in stored]
-  files = sorted({tensor.file for tensor in stored.values()})
+  places = sorted({tensor.file for tensor in stored.values()})
   if missing:
     raise MissingTensor(
       f"{where}: {missing[0]} (shape {shape_by_name[missing[0]]}) is in none "
-      f"of {files}{_more(missing)}. The config calls for it; download the "
+      f"of {places}{_more(missing)}. The config calls for it; download the "
       "checkpoint again, or correct config.json."
     )
   left = [name for name in stored if name not in shape_by_name]

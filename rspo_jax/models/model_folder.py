@@ -13,7 +13,6 @@ under a file's name would be read for ever. So:
    they may go back and forth for ever.
 """
 
-import contextlib
 import json
 import os
 import pathlib
@@ -238,30 +237,3 @@ def match_here(expression: str, names: Sequence[str]) -> list[str]:
   """`matching` in this process, without limits: what the worker calls."""
   compiled = re.compile(expression)
   return [name for name in names if compiled.fullmatch(name)]
-
-
-@contextlib.contextmanager
-def complete_or_nothing(file):
-  """A stream whose file appears under its name only when it is complete."""
-  if "://" in os.fspath(file):  # objects appear when closed
-    with file.open("wb") as stream:
-      yield stream
-    return
-  partial = file.parent / f"{file.name}.partial"
-  try:
-    with partial.open("wb") as stream:
-      yield stream
-    partial.replace(file)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-def write_file(file, content: bytes) -> None:
-  """Writes a small file, complete or not at all."""
-  with complete_or_nothing(file) as stream:
-    stream.write(content)
-
-
-def json_bytes(value) -> bytes:
-  """JSON as the hub writes it."""
-  return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

@@ -19,6 +19,7 @@ import numpy as np
 from rspo_jax.models import model_folder
 from rspo_jax.models.families import CheckpointError, UnsupportedConfig
 from rspo_jax.models.model_folder import CorruptFile, DuplicateTensor
+from rspo_jax.storage import files
 
 INDEX = "model.safetensors.index.json"
 HEADER_BYTES = 100 * 10**6  # the largest that the format allows
@@ -285,7 +286,7 @@ def write(
     place = end
   encoded = json.dumps(header, separators=(",", ":")).encode()
   encoded += b" " * (-len(encoded) % 8)
-  with model_folder.complete_or_nothing(file) as stream:
+  with files.replacing(file) as stream:
     stream.write(len(encoded).to_bytes(8, "little") + encoded)
     for tensor in tensors:
       stream.write(np.ascontiguousarray(tensor).view(np.uint8).data)

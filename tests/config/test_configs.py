@@ -282,10 +282,10 @@ def test_large_models_are_adapted_and_with_full_trained_whole(name, model):
 def test_runs_of_the_study_cost_the_same(name):
   from configs import study, study_countdown
   from rspo_jax.algorithm import objectives
-  from rspo_jax.tools import sweep
+  from rspo_jax.tools.sweep import entries as sweep_entries
 
   runs = {"study": study.SUDOKU, "study_countdown": study_countdown.COUNTDOWN}
-  entries = sweep.load_entries(str(ROOT / "configs" / f"{name}.py"))
+  entries = sweep_entries.load_entries(str(ROOT / "configs" / f"{name}.py"))
   tuned, seeds = {}, set()
   for entry in entries:
     config = runs[name].config(entry.arg)
