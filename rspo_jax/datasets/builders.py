@@ -22,7 +22,6 @@ from typing import ClassVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from rspo_jax.config import keys
 from rspo_jax.datasets import countdown, folders, sudoku
 from rspo_jax.storage import files
 
@@ -131,7 +130,11 @@ def prepare(name: str, size: str, seed: int, data_dir: str = ""):
     seed: of the generator.
     data_dir: see `folders.data_folder`.
   """
-  keys.one_of("data.size", size, TRAIN_EXAMPLES)
+  if size not in TRAIN_EXAMPLES:
+    raise ValueError(
+      f"data.size={size!r} does not exist; use one of"
+      f" {', '.join(TRAIN_EXAMPLES)}."
+    )
   if not 0 <= seed < 2**32:
     raise ValueError(f"data.seed={seed} must be in 0..2^32-1.")
   folder = folders.data_folder(data_dir)

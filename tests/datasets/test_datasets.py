@@ -293,7 +293,7 @@ class TestBuilders:
       builders.prepare(name, "small", 0, str(tmp_path / "file"))
 
   def test_an_unknown_size_is_named(self, builders, name, tmp_path):
-    with pytest.raises(ValueError, match=r"data.size='huge'.*large, small"):
+    with pytest.raises(ValueError, match=r"data.size='huge'.*small, large"):
       builders.prepare(name, "huge", 0, str(tmp_path))
 
   def test_nothing_is_printed_to_stdout(self, builders, name, tmp_path, capsys):
