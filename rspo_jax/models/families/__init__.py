@@ -6,6 +6,7 @@ Adding one is a file beside these, with its `Family`, and a line in `FAMILIES`.
 from collections.abc import Mapping
 from typing import Any
 
+from rspo_jax.config import keys
 from rspo_jax.models.families import dream, llada
 from rspo_jax.models.families.config import (
   CheckpointError,
@@ -57,10 +58,7 @@ def family_of(config: ModelConfig) -> Family:
   Raises:
     ValueError: there is none of this name.
   """
-  if config.family not in FAMILIES:
-    raise ValueError(
-      f"family={config.family!r} must be one of {', '.join(FAMILIES)}."
-    )
+  keys.one_of("family", config.family, FAMILIES)
   return FAMILIES[config.family]
 
 

@@ -11,6 +11,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rspo_jax.config import keys
+
 COMPUTE_DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("einsum", "flash")
 
@@ -93,14 +95,8 @@ class ModelConfig:
       raise ValueError(
         f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}."
       )
-    if self.compute_dtype not in COMPUTE_DTYPES:
-      raise ValueError(
-        f"compute_dtype={self.compute_dtype!r} must be one of {COMPUTE_DTYPES}."
-      )
-    if self.attention not in ATTENTIONS:
-      raise ValueError(
-        f"attention={self.attention!r} must be one of {ATTENTIONS}."
-      )
+    keys.one_of("compute_dtype", self.compute_dtype, COMPUTE_DTYPES)
+    keys.one_of("attention", self.attention, ATTENTIONS)
     for name in ("mask_id", "eos_id", "pad_id"):
       value = getattr(self, name)
       if not 0 <= value < self.vocab_size:
