@@ -15,6 +15,7 @@ two, and the last of several counts.
 import argparse
 import dataclasses
 import math
+import os
 import re
 import sys
 import textwrap
@@ -181,10 +182,12 @@ class Parser:
       argv: words without the program's name; those of the process by default.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if self.wants_help(argv):
-      return DONE
     try:
-      return act(self.read(argv))
+      return DONE if self.wants_help(argv) else act(self.read(argv))
+    except BrokenPipeError:
+      # Who read it has gone; nor is anything said when the process ends.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return DONE
     except (ValueError, OSError) as error:
       return mistake(error)
     except KeyboardInterrupt:

@@ -90,3 +90,18 @@ def test_no_command_waits_for_jax_before_its_help():
   modules = ", ".join(f"rspo_jax.tools.{name}" for name in COMMANDS)
   code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
   assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_reader_that_goes_early_is_no_fault():
+  code = (
+    "from rspo_jax.config import cli\n"
+    "p = cli.Parser('x', [cli.Option('--n=N', 'word ' * 200)], 'end')\n"
+    "raise SystemExit(p.run(lambda o: print('y\\n' * 10**6) or 0, []))"
+  )
+  with subprocess.Popen(
+    [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+  ) as done:
+    done.stdout.read(1)
+    done.stdout.close()
+    assert done.stderr.read() == b""
+    assert done.wait() == 0

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from rspo_jax.config import cli
 from rspo_jax.devices import sharding
 from rspo_jax.models import adapters, lora
 from rspo_jax.planning import (
@@ -174,7 +175,7 @@ def test_what_cannot_be_is_refused_before_anything_is_compiled(
   monkeypatch.setattr(compiler, "topology_devices", forbidden)
   monkeypatch.setattr(compiler, "compile_call", forbidden)
   argv = [f"--config={COUNTDOWN}", *words.split()]
-  assert command.main(argv) == command.MISTAKE
+  assert command.main(argv) == cli.MISTAKE
   error = capsys.readouterr().err
   assert message in error and error.startswith("error: ")
 
