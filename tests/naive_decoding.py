@@ -2,7 +2,7 @@
 
 One row at a time, as the reference programs do, with an own forward pass:
 caches hold keys before their rotation, a cached block overwrites its own part.
-Written from the rules of ../shared/fixtures, not from `rspo_jax.sampling.sampler`.
+Written from the rules of ../shared/fixtures, not from `rspo_jax.sampling`.
 """
 
 import numpy as np

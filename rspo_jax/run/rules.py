@@ -12,7 +12,7 @@ import os
 import pathlib
 
 from rspo_jax.config import schema
-from rspo_jax.sampling import sampler_settings
+from rspo_jax.sampling.settings import SamplerSettings, validate
 from rspo_jax.storage import mirror
 
 EMBEDDED = "embedded:"
@@ -198,7 +198,7 @@ def resolve_model_path(path: str) -> str:
   return path
 
 
-def rollout_sampler(c: schema.Config) -> sampler_settings.SamplerSettings:
+def rollout_sampler(c: schema.Config) -> SamplerSettings:
   """How training rollouts are sampled."""
   keys = c.sampler
   steps = keys.steps or keys.completion_length
@@ -208,7 +208,7 @@ def rollout_sampler(c: schema.Config) -> sampler_settings.SamplerSettings:
 
 def eval_sampler(
   c: schema.Config, length: int, temperature: float
-) -> sampler_settings.SamplerSettings:
+) -> SamplerSettings:
   """How an evaluation at a completion length samples."""
   keys, own = c.sampler, c.eval
   block = own.block_length or min(keys.block_length, length)
@@ -219,9 +219,9 @@ def eval_sampler(
 
 def _sampler(
   keys: schema.Sampler, length, block, steps, temperature, group
-) -> sampler_settings.SamplerSettings:
+) -> SamplerSettings:
   """The sampler's options at a length; errors name the keys of the group."""
-  result = sampler_settings.SamplerSettings(
+  result = SamplerSettings(
     completion_length=length,
     block_length=block,
     steps=steps,
@@ -239,7 +239,7 @@ def _sampler(
     order_temperature=keys.order_temperature,
   )
   try:
-    sampler_settings.validate(result)
+    validate(result)
   except ValueError as error:
     # Evaluation has keys of its own for these.
     text = str(error)

@@ -34,7 +34,7 @@ from rspo_jax import main
 from rspo_jax.algorithm import likelihood, objectives, train_step
 from rspo_jax.config import identity, load
 from rspo_jax.devices import sharding
-from rspo_jax.models import checkpoints, transformer
+from rspo_jax.models import checkpoints, functions
 from rspo_jax.run import data, rollout
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
@@ -205,7 +205,7 @@ class Bench:
     config = self.config
     if dtype is not None:
       config = dataclasses.replace(config, compute_dtype=dtype)
-    logprob_fn = transformer.make_logprob_fn(config)
+    logprob_fn = functions.make_logprob_fn(config)
     batch, mask_id = self.batch, config.mask_id
 
     @jax.jit
@@ -238,7 +238,7 @@ class Bench:
     length = scored.shape[1]
     scope = self.program.settings.likelihood.scope
     masks = all_masks(scored, self.batch.tokens.shape[1] - length, scope)
-    logprob_fn = transformer.make_logprob_fn(self.config)
+    logprob_fn = functions.make_logprob_fn(self.config)
 
     @jax.jit
     def score(params, tokens, token_mask, masks):

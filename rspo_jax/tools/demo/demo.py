@@ -163,7 +163,7 @@ class Session:
     Raises:
       ValueError: names the value and the remedy.
     """
-    from rspo_jax.sampling import sampler
+    from rspo_jax.sampling import settings as sampling
 
     length, block, steps = self.shape
     given = {key: v for key, v in values.items() if v is not None}
@@ -178,7 +178,7 @@ class Session:
       raise ValueError(
         f"steps={steps} is more than one a token; use at most {length}."
       )
-    settings = sampler.SamplerSettings(
+    settings = sampling.SamplerSettings(
       completion_length=length,
       block_length=block,
       steps=steps,
@@ -187,7 +187,7 @@ class Session:
       threshold=given.get("threshold"),
     )
     try:
-      sampler.validate(settings)
+      sampling.validate(settings)
     except ValueError as error:
       text = str(error).replace("sampler.", "").replace("_length", "")
       raise ValueError(text.replace("completion", "length")) from error
@@ -310,11 +310,11 @@ class Session:
     import jax
 
     from rspo_jax import api
-    from rspo_jax.models import transformer
-    from rspo_jax.sampling import sampler
+    from rspo_jax.models import functions
+    from rspo_jax.sampling.denoise import denoise
 
     config = self.model.config
-    denoise_fn = transformer.make_denoise_fn(config)
+    denoise_fn = functions.make_denoise_fn(config)
 
     def watched(params, tokens, token_mask, cache, start, length):
       jax.debug.callback(
@@ -325,7 +325,7 @@ class Session:
     @jax.jit
     def run(params, canvas, mask, seed):
       with api.precision(config):
-        return sampler.denoise(
+        return denoise(
           watched,
           params,
           canvas,
