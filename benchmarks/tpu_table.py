@@ -25,7 +25,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
-from rspo_jax.planning import chips, plan  # noqa: E402
+from rspo_jax.planning import chips, planner, workload  # noqa: E402
 
 LORA, FULL = "llada_8b", "llada_8b,full"
 F32_MOMENTS = {"optimizer.moment_dtype": "float32"}
@@ -93,9 +93,9 @@ HEAD_TOPOLOGY, HEAD_SEQUENCES, HEAD_ROWS, HEAD_BAR = "v5e:4x4", 64, 256, 0.2
 TIME = (Row("full, bf16 moments", FULL, "v5e:4x4", 1),)
 
 
-def options_of(row: Row, config: str, quick: bool = True) -> plan.Options:
+def options_of(row: Row, config: str, quick: bool = True) -> workload.Options:
   """A row as a command line of launch/plan.py."""
-  return plan.Options(
+  return workload.Options(
     config=f"{config}:{row.arg}",
     overrides=row.overrides,
     topology=row.topology,
@@ -111,7 +111,7 @@ def options_of(row: Row, config: str, quick: bool = True) -> plan.Options:
 def planned(row: Row, config: str, quick=True, names=("update",)):
   """The plan of a row."""
   topology = chips.parse(row.topology)
-  return plan.make_plan(options_of(row, config, quick), topology, names)
+  return planner.make_plan(options_of(row, config, quick), topology, names)
 
 
 def memory(options) -> bool:
@@ -213,11 +213,11 @@ def head(options) -> bool:
   from rspo_jax.devices import sharding
   from rspo_jax.models import functions
   from rspo_jax.models.families.published import PUBLISHED
-  from rspo_jax.planning import hlo, planner
+  from rspo_jax.planning import compiler, hlo, programs
   from rspo_jax.run import program
 
   topology = chips.parse(HEAD_TOPOLOGY)
-  mesh = sharding.make_mesh(devices=planner.topology_devices(topology))
+  mesh = sharding.make_mesh(devices=compiler.topology_devices(topology))
   model = dataclasses.replace(
     PUBLISHED["llada_8b"], compute_dtype="bfloat16", head_chunks=8
   )
@@ -260,16 +260,16 @@ def head(options) -> bool:
       out_shardings=(None, (kernel.sharding, h.sharding)),
       compiler_options=program.compiler_options(mesh),
     )
-    with planner.on(mesh):
+    with programs.on(mesh):
       traced = gradient.trace(kernel, h, target)
       compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    used = compiled.memory_analysis().temp_size_in_bytes / planner.GB
+    used = compiled.memory_analysis().temp_size_in_bytes / chips.GB
     measured = hlo.measure(compiled.as_text(), mesh.size, model.head_chunks)
     seconds = measured.cycles / topology.chip.clock_hz
     good &= bar is None or used <= bar
     print(
       f"| {label} | {used:.3f} | {bar or ''} | {seconds:.4f} | "
-      f"{measured.wire_bytes / planner.GB:.2f} |",
+      f"{measured.wire_bytes / chips.GB:.2f} |",
       flush=True,
     )
   return good

@@ -6,12 +6,12 @@ files state only differences. `--config.GROUP.KEY=VALUE` overrides one.
 
 import ml_collections
 
-from rspo_jax.config import schema
+from rspo_jax.config import keys, names, schema
 
 
 def get_config() -> ml_collections.ConfigDict:
   """Returns the defaults of every key."""
-  return ml_collections.ConfigDict(schema.plain())
+  return ml_collections.ConfigDict(keys.plain(schema.Config()))
 
 
 # Switches that say what is trained: they set the stage for all others.
@@ -29,18 +29,15 @@ def apply(config, arg: str, switches) -> ml_collections.ConfigDict:
   Raises:
     ValueError: a switch that does not exist.
   """
-  import difflib
-
-  names = [part.strip() for part in arg.split(",") if part.strip()]
-  for name in names:
+  given = [part.strip() for part in arg.split(",") if part.strip()]
+  for name in given:
     if name not in switches:
-      near = difflib.get_close_matches(name, switches, 1)
-      hint = f" did you mean {near[0]!r}?" if near else ""
       raise ValueError(
-        f"config argument {name!r} is not known:{hint} choose from "
+        f"config argument {name!r} is not known; "
+        f"{names.did_you_mean(name, switches)}choose from "
         f"{', '.join(switches)}."
       )
   # Two models: the later one, as ever.
-  for name in sorted(names, key=lambda n: (n not in FIRST, n == "full")):
+  for name in sorted(given, key=lambda n: (n not in FIRST, n == "full")):
     switches[name](config)
   return config

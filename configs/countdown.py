@@ -93,7 +93,7 @@ def ablation(seeds):
     seeds: values of run.seed, a run each.
 
   Returns:
-    dicts with name, overrides and seeds (rspo_jax/tools/sweep.py).
+    dicts with name, overrides and seeds (rspo_jax/tools/sweep/entries.py).
   """
   changes = {
     "rspo": {},

@@ -15,7 +15,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "configs.md"
 sys.path.insert(0, str(ROOT))
 
-from rspo_jax.config import schema  # noqa: E402
+from rspo_jax.config import keys, schema  # noqa: E402
 
 # They switch between config files and are none themselves.
 NO_CONFIGS = ("__init__", "base", "recipes")
@@ -58,7 +58,7 @@ def page() -> str:
     listed = ", ".join(f"`{name}`" for name in found)
     lines.append(f"| `configs/{path.name}` | {summary} | {listed} |")
   group = ""
-  for key, field, value in schema.walk():
+  for key, field, value in keys.walk(schema.Config()):
     if key.partition(".")[0] != group:
       group = key.partition(".")[0]
       lines += [

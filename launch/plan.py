@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from rspo_jax.planning import plan
+from rspo_jax.planning import command
 
 if __name__ == "__main__":
-  sys.exit(plan.main())
+  sys.exit(command.main())

@@ -8,7 +8,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from rspo_jax.tools import sweep
+from rspo_jax.tools.sweep import sweep
 
 if __name__ == "__main__":
   sys.exit(sweep.main())

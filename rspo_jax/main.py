@@ -16,29 +16,17 @@ import os
 import signal
 import sys
 
-from rspo_jax.config import identity, load
+from rspo_jax.config import cli, identity, load
 from rspo_jax.run import rules
 
-MISTAKE, INTERRUPTED = 2, 75
-HELP = """usage: python -m rspo_jax.main --config=FILE[:ARG,...] [options]
-
-  --config=configs/countdown.py   config file; ARGs are listed in its docstring
-  --config.GROUP.KEY=VALUE        override of one key (configs/base.py)
-  --workdir=DIR                   where the run is kept; the same DIR goes on
-                                  (default: runs/<config>-<hash of the config>)
-  --mode=train|eval               train, or evaluate model.path or DIR's last
-                                  checkpoint on eval.split
-
-exit status: 0 done, 2 mistake in the command, 3 fault of the run,
-75 interrupted after saving: run the same command to go on."""
+INTERRUPTED = 75
 
 
 def main(argv: list[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   argv = list(sys.argv if argv is None else argv)
-  if any(a in ("--help", "-h", "-help", "--helpfull") for a in argv[1:]):
-    print(HELP)
-    return 0
+  if load.PARSER.wants_help(argv[1:]):
+    return cli.DONE
   try:
     config, name, workdir, mode = load.parse(argv)
     if not workdir:
@@ -51,8 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     rules.check_reachable(config)
     identity.check_workdir(workdir, config.to_dict(), mode)
   except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return MISTAKE
+    return cli.mistake(error)
   from rspo_jax.run import loop
 
   return loop.main(config, workdir, mode)

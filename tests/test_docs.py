@@ -12,12 +12,12 @@ import pytest
 
 from configs import base
 from rspo_jax.config import identity, load
-from rspo_jax.planning import plan
+from rspo_jax.planning import command
 from rspo_jax.reporting import trackers
 from rspo_jax.run import rules
-from rspo_jax.tools import sweep
 from rspo_jax.tools.demo import demo
 from rspo_jax.tools.report import report
+from rspo_jax.tools.sweep import sweep
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -73,19 +73,19 @@ def check(words, monkeypatch):
     assert importlib.util.find_spec(module), module
     if module == "rspo_jax.main":
       check_main(rest)
-    elif module == "rspo_jax.tools.demo.demo":
-      demo.parse(rest)
-    elif module == "rspo_jax.tools.report.report":
-      report.parse(rest)
+    elif module == "rspo_jax.demo":
+      demo.PARSER.read(rest)
+    elif module == "rspo_jax.report":
+      report.PARSER.read(rest)
   elif program == "python":
     name, rest = rest[0], rest[1:]
     if name == "-c":
       compile(rest[0], "docs", "exec")
     elif (ROOT / name).exists():
       parse = {
-        "launch/report.py": report.parse,
-        "launch/sweep.py": sweep.parse,
-        "launch/plan.py": plan.parse,
+        "launch/report.py": report.PARSER.read,
+        "launch/sweep.py": sweep.PARSER.read,
+        "launch/plan.py": command.parse,
       }.get(name)
       if parse:
         parse(rest)

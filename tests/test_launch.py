@@ -11,7 +11,7 @@ import time
 import pytest
 
 from rspo_jax.config import load
-from rspo_jax.planning import plan
+from rspo_jax.planning import command
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH = ROOT / "launch"
@@ -95,12 +95,8 @@ def test_every_script_passes_shellcheck():
   )
   if shellcheck is None:
     pytest.skip("shellcheck is not installed (requirements-dev.txt)")
-  done = subprocess.run(
-    [shellcheck, "-x", *map(str, SCRIPTS)],
-    cwd=ROOT,
-    capture_output=True,
-    text=True,
-  )
+  command = [shellcheck, "-x", *map(str, SCRIPTS)]
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 0, done.stdout
 
 
@@ -167,12 +163,9 @@ def test_a_dry_run_prints_what_would_run_and_runs_nothing(
 def test_a_dry_run_prints_each_argument_as_one_word(stand_ins):
   odd = "--config.data.source=a b'c$(d).jsonl"
   done = stand_ins.run(*TPU, "--dry_run", *RUN, odd)
-  starts = [
-    shlex.split(line)
-    for line in done.stdout.splitlines()
-    if "worker.sh start" in line
-  ]
-  (command,) = [w for w in starts[0] if w.startswith("--command=")]
+  lines = done.stdout.splitlines()
+  start = next(line for line in lines if "worker.sh start" in line)
+  (command,) = [w for w in shlex.split(start) if w.startswith("--command=")]
   assert shlex.split(command)[-1] == odd
 
 
@@ -187,13 +180,8 @@ def test_setup_says_what_it_would_install(stand_ins):
 
 def test_a_run_is_started_again_while_it_ends_with_75(stand_ins):
   stand_ins.answer("tpu-vm describe", " !1", "CREATING", "READY")
-  stand_ins.answer(
-    "worker.sh status",
-    "rspo_jax: running",
-    "rspo_jax: 75",
-    "rspo_jax: running",
-    "rspo_jax: 0",
-  )
+  said = [f"rspo_jax: {word}" for word in ("running", "75", "running", "0")]
+  stand_ins.answer("worker.sh status", *said)
   done = stand_ins.run(*TPU, *RUN)
   assert done.returncode == 0, done.stderr
   assert stand_ins.count("tpu-vm create one") == 1
@@ -221,16 +209,16 @@ def test_machines_that_are_taken_away_are_replaced(stand_ins):
   assert stand_ins.count("setup_tpu_vm.sh") == 2
 
 
+@pytest.fixture
+def ready(stand_ins):
+  """Machines that are there and stay."""
+  stand_ins.answer("tpu-vm describe", "READY")
+  return stand_ins
+
+
 def test_a_place_in_the_queue_is_waited_for_and_asked_for_again(stand_ins):
-  stand_ins.answer(
-    "queued-resources describe",
-    " !1",
-    "WAITING_FOR_RESOURCES",
-    "PROVISIONING",
-    "SUSPENDED",
-    " !1",
-    "ACTIVE",
-  )
+  states = (" !1", "WAITING_FOR_RESOURCES", "PROVISIONING", "SUSPENDED")
+  stand_ins.answer("queued-resources describe", *states, " !1", "ACTIVE")
   stand_ins.answer("tpu-vm describe", "READY")
   stand_ins.answer("worker.sh status", "rspo_jax: 0")
   done = stand_ins.run(*TPU, "--queued", *RUN)
@@ -256,27 +244,25 @@ def test_a_place_in_the_queue_is_waited_for_and_asked_for_again(stand_ins):
     (["lost", "137"], 137, 1),
   ],
 )
-def test_the_worst_of_the_hosts_decides(hosts, status, starts, stand_ins):
-  stand_ins.answer("tpu-vm describe", "READY")
+def test_the_worst_of_the_hosts_decides(hosts, status, starts, ready):
   said = "\\n".join(f"rspo_jax: {host}" for host in hosts)
   # After a first end that is gone on from, the second is a success.
-  stand_ins.answer("worker.sh status", said, "rspo_jax: 0")
-  stand_ins.answer("worker.sh log", "what it said last")
-  done = stand_ins.run(*TPU, *RUN)
+  ready.answer("worker.sh status", said, "rspo_jax: 0")
+  ready.answer("worker.sh log", "what it said last")
+  done = ready.run(*TPU, *RUN)
   assert done.returncode == (status or 0), done.stderr
-  assert stand_ins.count("worker.sh start") == starts
-  assert stand_ins.count("storage rsync") == 1
+  assert ready.count("worker.sh start") == starts
+  assert ready.count("storage rsync") == 1
   if status:
     assert "what it said last" in done.stdout
     assert f"exit status {status}" in done.stderr
 
 
-def test_restarts_have_an_end(stand_ins):
-  stand_ins.answer("tpu-vm describe", "READY")
-  stand_ins.answer("worker.sh status", "rspo_jax: 75")
-  done = stand_ins.run(*TPU, "--restarts=2", *RUN)
+def test_restarts_have_an_end(ready):
+  ready.answer("worker.sh status", "rspo_jax: 75")
+  done = ready.run(*TPU, "--restarts=2", *RUN)
   assert done.returncode == 75
-  assert stand_ins.count("worker.sh start") == 3
+  assert ready.count("worker.sh start") == 3
 
 
 @pytest.mark.parametrize(
@@ -441,7 +427,7 @@ def test_every_command_of_the_guide_is_one_that_works(stand_ins, monkeypatch):
       load.parse(["x", *arguments[2:]])
       checked.add("main")
     elif arguments[:1] == ["launch/plan.py"]:
-      plan.parse(arguments[1:])
+      command.parse(arguments[1:])
       checked.add("plan")
     else:
       assert program in ("gcloud", "hf", "export", ".venv/bin/python"), words

@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import random
+import resource
 import signal
 import socket
 import time
@@ -258,6 +259,19 @@ def _assert_close(one, other):
     second = json.loads(second)
     # Targets are A / lambda, estimates differences of scores of order 1.
     assert json.loads(first) == pytest.approx(second, rel=1e-5, abs=1e-5)
+
+
+@contextlib.contextmanager
+def full_disk(limit_bytes: int):
+  """Lets no file of this process grow past a size, as a full disk would."""
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+  resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+  try:
+    yield
+  finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, old)
 
 
 def free_port() -> int:

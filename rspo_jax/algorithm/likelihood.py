@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rspo_jax.algorithm.masks import ESTIMATORS, Sequences
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 
 SCOPES = ("completion", "canvas", "masked_tail")
 
@@ -60,10 +60,10 @@ class LikelihoodSettings(schema.Likelihood):
   on every canvas (diffu-GRPO, wd1, SPG).
   """
 
-  block_length: int = schema.key(1, "resolved: 0 is no length", at_least=1)
+  block_length: int = keys.key(1, "resolved: 0 is no length", at_least=1)
 
   def __post_init__(self):
-    schema.check(self, "likelihood.")
+    keys.check(self, "likelihood.")
     estimator = ESTIMATORS[self.scheme]
     size = estimator.draw_size or 1
     if estimator.masks is not None and self.masks not in estimator.masks:

@@ -32,7 +32,7 @@ from flax import struct
 
 from rspo_jax.algorithm import baselines
 from rspo_jax.algorithm.baselines import mean as _mean
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 
 
 def group_advantages(rewards: np.ndarray, normalize: bool = True) -> np.ndarray:
@@ -235,7 +235,7 @@ class ObjectiveSettings(schema.Objective):
   draw_size: int = 1
 
   def __post_init__(self):
-    schema.check(self, "objective.")
+    keys.check(self, "objective.")
 
 
 def _std(x, keep):

@@ -16,6 +16,7 @@ read it.
 """
 
 import dataclasses
+import math
 
 from rspo_jax.algorithm import objectives, train_step
 
@@ -95,6 +96,16 @@ class ScorePlan:
       # By older parameters, before the rewards were known: all of them.
       scored += self.updates
     return scored * self.masks
+
+  @property
+  def calls(self) -> int:
+    """Calls of a step that score outside its updates.
+
+    Where policy and reference are scored together, in calls of that kind.
+    """
+    forwards = self.score_forwards(1.0) / self.masks
+    forwards -= self.updates * self.inside
+    return math.ceil(forwards / (1 + self.before(0).together))
 
   def update_forwards(self, kept: float) -> float:
     """The same for the updates themselves; a backward pass counts two."""

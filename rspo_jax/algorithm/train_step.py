@@ -33,7 +33,7 @@ import optax
 from flax import struct
 
 from rspo_jax.algorithm import likelihood, objectives, rounding
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 
 # Streams of randomness: fold_in(fold_in(root, step), stream).
 ROLLOUT, MASKS, EVAL = 0, 1, 2
@@ -126,7 +126,7 @@ class OptimizerSettings(schema.Optimizer):
   total_steps: int = 1
 
   def __post_init__(self):
-    schema.check(self, "optimizer.")
+    keys.check(self, "optimizer.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +139,7 @@ class StepSettings(schema.Train):
   shards: int = 1
 
   def __post_init__(self):
-    schema.check(self, "train.")
+    keys.check(self, "train.")
 
 
 def schedule(settings: OptimizerSettings) -> Callable:

@@ -11,7 +11,7 @@ import stat
 import tempfile
 from typing import Any
 
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 from rspo_jax.storage import mirror
 
 CONFIG = "config.json"
@@ -89,8 +89,8 @@ def check_workdir(workdir: str, config: dict, mode: str) -> None:
   """
   home = mirror.Home(workdir)
   folder = home.local
-  check_links(folder, f"--workdir={workdir}")
   try:
+    check_links(folder, f"--workdir={workdir}")
     if home.in_bucket:
       before = mirror.answer(
         f"--workdir={workdir}", lambda: _probe_bucket(home.address)
@@ -191,7 +191,7 @@ def read_config(folder) -> dict | None:
 
 def defaults() -> dict[str, Any]:
   """Default of every key."""
-  return flat(schema.plain())
+  return flat(keys.plain(schema.Config()))
 
 
 def changed_keys(old: dict, new: dict) -> list[str]:

@@ -6,16 +6,19 @@ Keys and types are those of config/schema.py. Every refusal is a ValueError with
 value and remedy; nothing here waits for JAX.
 """
 
-import difflib
 import importlib.util
 import os
 import pathlib
 import sys
 import traceback
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_collections
 
-from rspo_jax.config import identity
+from rspo_jax.config import cli, identity, names
+from rspo_jax.config.cli import Option
 
 MODES = ("train", "eval")
 
@@ -25,6 +28,32 @@ INSTALLED = pathlib.Path(sys.prefix) / "share" / "rspo_jax"
 # A group whose keys depend on the task: any name, checked when it is known.
 _OPEN_GROUP = "task.reward_weights."
 
+CONFIG = Option(
+  "--config=FILE[:ARG,...]",
+  "config file; ARGs are listed in its docstring",
+  example="configs/countdown.py",
+)
+PARSER = cli.Parser(
+  "python -m rspo_jax.main --config=FILE[:ARG,...] [options]",
+  [
+    CONFIG,
+    Option(cli.OVERRIDE, "override of one key (docs/configs.md)"),
+    Option(
+      "--workdir=DIR",
+      "where the run is kept; the same DIR goes on (default: "
+      "runs/<config>-<hash of the config>)",
+    ),
+    Option(
+      "--mode=MODE",
+      "a run, or an evaluation of model.path or DIR's last checkpoint",
+      "train",
+      choices=MODES,
+    ),
+  ],
+  "exit status: 0 done, 2 mistake in the command, 3 fault of the run, 75 "
+  "interrupted after saving: run the same command to go on.",
+)
+
 
 def parse(argv: list[str]):
   """(config, name of the config file, workdir or "", mode) of a command line.
@@ -32,40 +61,49 @@ def parse(argv: list[str]):
   Raises:
     ValueError: one message with value and remedy.
   """
-  options = {"config": "", "workdir": "", "mode": "train"}
-  overrides, unknown = {}, []
-  words = iter(argv[1:])
-  for word in words:
-    if not word.startswith("-"):
-      raise ValueError(f"{word!r} is not an option; options start with --.")
-    name, equals, value = word.lstrip("-").partition("=")
-    if not equals:
-      value = next(words, "--")
-      if value.startswith("--"):
-        raise ValueError(f"--{name} needs a value; write --{name}=VALUE.")
-    if name in options:
-      options[name] = value
-    elif name.startswith("config."):
-      overrides[name.removeprefix("config.")] = value
-    else:
-      unknown.append(name)
-  if not options["config"]:
+  options = PARSER.read(argv[1:])
+  config = resolve(options.config, options.overrides)
+  name = pathlib.Path(options.config.partition(":")[0]).stem
+  return config, name, options.workdir, options.mode
+
+
+def resolve(text: str, overrides: Mapping[str, str]):
+  """The config of FILE[:ARG,...] with overrides, text by key; locked.
+
+  Raises:
+    ValueError: one message with value and remedy.
+  """
+  config = load_config(text)
+  for key, value in overrides.items():
+    override(config, key, value)
+  return config.lock()
+
+
+def from_file(text: str, use: Callable[[types.ModuleType], Any]) -> Any:
+  """What `use` makes of the Python file of a --config=FILE[:ARG,...].
+
+  Raises:
+    ValueError: no such file, or whatever it or `use` raised.
+  """
+  path = text.partition(":")[0]
+  if not os.path.isfile(path) and (INSTALLED / path).is_file():
+    path = str(INSTALLED / path)
+  _make_configs_importable(path)
+  if not os.path.isfile(path):
+    known = map(str, pathlib.Path(path).parent.glob("*.py"))
     raise ValueError(
-      "--config is missing; try --config=configs/countdown.py (or --help)."
+      f"--config={path} is not a file; "
+      f"{names.did_you_mean(path, known, str)}see --help."
     )
-  config = load_config(options["config"])
-  for name in unknown:
-    known = [*options, "help"]
-    known += [f"config.{key}" for key in identity.flat(config.to_dict())]
-    raise ValueError(f"--{name} is not an option{_nearest(name, known)}")
-  for key, text in overrides.items():
-    override(config, key, text)
-  if options["mode"] not in MODES:
-    raise ValueError(
-      f"--mode={options['mode']} is not known; use --mode=train or --mode=eval."
-    )
-  name = pathlib.Path(options["config"].partition(":")[0]).stem
-  return config.lock(), name, options["workdir"], options["mode"]
+  spec = importlib.util.spec_from_file_location("rspo_jax_config_file", path)
+  if spec is None:
+    raise ValueError(f"--config={path} must be a Python file (*.py).")
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    return use(module)
+  except Exception as error:  # a config file is a program of the caller's
+    raise ValueError(f"--config={text}: {_cause(error, path)}") from error
 
 
 def load_config(text: str) -> ml_collections.ConfigDict:
@@ -76,22 +114,8 @@ def load_config(text: str) -> ml_collections.ConfigDict:
       configs/base.py.
   """
   path, colon, arg = text.partition(":")
-  if not os.path.isfile(path) and (INSTALLED / path).is_file():
-    path = str(INSTALLED / path)
-  _make_configs_importable(path)
-  if not os.path.isfile(path):
-    folder = pathlib.Path(path).parent
-    known = [str(file) for file in folder.glob("*.py")]
-    raise ValueError(f"--config={path} is not a file{_nearest(path, known)}")
-  spec = importlib.util.spec_from_file_location("rspo_jax_config_file", path)
-  if spec is None:
-    raise ValueError(f"--config={path} must be a Python file (*.py).")
-  module = importlib.util.module_from_spec(spec)
-  try:
-    spec.loader.exec_module(module)
-    config = module.get_config(arg) if colon else module.get_config()
-  except Exception as error:  # a config file is a program of the caller's
-    raise ValueError(f"--config={text}: {_cause(error, path)}") from error
+  given = [arg] if colon else []
+  config = from_file(text, lambda module: module.get_config(*given))
   if not isinstance(config, ml_collections.ConfigDict):
     raise ValueError(
       f"--config={path}: get_config must return what configs.base.get_config "
@@ -108,7 +132,8 @@ def load_config(text: str) -> ml_collections.ConfigDict:
   for key in keys:
     if not key.startswith(_OPEN_GROUP):
       raise ValueError(
-        f"--config={path} sets {key}, which is not a key of rspo_jax/config/schema.py."
+        f"--config={path} sets {key}, which is not a key of "
+        "rspo_jax/config/schema.py."
       )
   return config
 
@@ -145,10 +170,10 @@ def override(config, key: str, text: str) -> None:
       raise ValueError(
         f"--config.{key} is a group; set one of its keys: {', '.join(inside)}."
       )
-    known = [f"config.{k}" for k in values]
+    known = [f"--config.{k}" for k in values]
+    near = names.did_you_mean(f"--config.{key}", known, str)
     raise ValueError(
-      f"--config.{key} is not a key of the config"
-      f"{_nearest(f'config.{key}', known)}"
+      f"--config.{key} is not a key of the config; {near}see --help."
     )
   kind = type(values[key])
   try:
@@ -168,19 +193,6 @@ def override(config, key: str, text: str) -> None:
   for group in groups:
     config = config[group]
   config[name] = value
-
-
-def _nearest(name: str, known) -> str:
-  """The end of a message about a wrong name."""
-  near = difflib.get_close_matches(name, known, 1, 0.6)
-  if not near:
-    # A key without its group, or in the wrong one.
-    last = name.rpartition(".")[2]
-    near = [k for k in known if k.rpartition(".")[2] == last][:1]
-  if not near:
-    return "; see --help."
-  dashes = "" if os.sep in near[0] else "--"
-  return f"; did you mean {dashes}{near[0]}?"
 
 
 def _cause(error: Exception, path: str) -> str:

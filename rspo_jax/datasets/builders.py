@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import io
 import logging
-import os
 import pathlib
 import types
 import zipfile
@@ -24,6 +23,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from rspo_jax.datasets import countdown, folders, sudoku
+from rspo_jax.storage import files
 
 TRAIN_EXAMPLES = {"small": 16_384, "large": 500_000}
 HELD_OUT_EXAMPLES = 4_096  # in validation, and as many in test
@@ -156,15 +156,10 @@ def _columns_path(builder, split: str) -> pathlib.Path:
 
 def _save_columns(path: pathlib.Path, columns) -> None:
   """Writes columns as arrays, or leaves it where the disk refuses."""
-  part = path.with_suffix(f".{os.getpid()}.part")
-  try:
-    with open(part, "wb") as handle:
-      np.savez(handle, **columns)
-    part.replace(path)
-  except OSError:
-    # Only a shortcut for the next start: a full or read-only disk is no reason
-    # to stop here.
-    part.unlink(missing_ok=True)
+  # Only a shortcut for the next start: a full or read-only disk is no reason to
+  # stop here.
+  with contextlib.suppress(OSError), files.replacing(path) as handle:
+    np.savez(handle, **columns)
 
 
 @contextlib.contextmanager

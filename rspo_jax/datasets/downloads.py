@@ -13,13 +13,12 @@ MATH500 (github.com/openai/prm800k).
 
 import dataclasses
 import hashlib
-import os
 import pathlib
-import shutil
 import urllib.error
 import urllib.request
 
 from rspo_jax.datasets import folders
+from rspo_jax.storage import files
 
 TIMEOUT_S = 30.0
 
@@ -92,14 +91,9 @@ def _download(file: File, path: pathlib.Path, name: str) -> None:
     f"download it elsewhere and give data.source=PATH (with {{split}} in the"
     f" path for one file a split), or copy it to {path}."
   )
-  partial = path.with_suffix(f".{os.getpid()}.part")
   try:
-    with (
-      urllib.request.urlopen(file.url, timeout=TIMEOUT_S) as reply,
-      open(partial, "wb") as out,
-    ):
-      shutil.copyfileobj(reply, out)
-    content = partial.read_bytes()
+    with urllib.request.urlopen(file.url, timeout=TIMEOUT_S) as reply:
+      content = reply.read()
     rows = sum(bool(line.strip()) for line in content.split(b"\n"))
     digest = hashlib.sha256(content).hexdigest()
     if file.sha256 and digest != file.sha256:
@@ -112,11 +106,9 @@ def _download(file: File, path: pathlib.Path, name: str) -> None:
         f"task.name={name}: {file.url} has {rows} rows, not the {file.rows} of"
         f" the published file; {remedy}"
       )
-    partial.replace(path)
+    files.write(path, content)
   except (OSError, urllib.error.URLError) as error:
     raise ValueError(
       f"task.name={name}: {file.url} cannot be downloaded"
       f" ({getattr(error, 'reason', error)}); {remedy}"
     ) from error
-  finally:
-    partial.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 """Where prepared and downloaded data is kept."""
 
 import contextlib
-import fcntl
 import os
 import pathlib
+
+from rspo_jax.storage import files
 
 
 def data_folder(data_dir: str = "") -> pathlib.Path:
@@ -37,5 +38,5 @@ def exclusive(folder: pathlib.Path):
       " that can."
     ) from error
   with handle:
-    fcntl.flock(handle, fcntl.LOCK_EX)
+    files.lock(handle, wait=True)
     yield

@@ -33,6 +33,7 @@ from rspo_jax.models.families import (
   UnsupportedConfig,
 )
 from rspo_jax.models.lora import LoraSettings
+from rspo_jax.storage import files
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -167,8 +168,8 @@ def save_adapter(
   folder = epath.Path(path).expanduser()
   checkpoints.make_folder(folder)
   content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
-  checkpoints.write_file(folder / WEIGHTS, content)
-  checkpoints.write_file(folder / CONFIG, checkpoints.json_bytes(written))
+  files.write(folder / WEIGHTS, content)
+  files.write_json(folder / CONFIG, written)
 
 
 def _modules(

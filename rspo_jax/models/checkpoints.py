@@ -38,6 +38,7 @@ from rspo_jax.models.families import (
 )
 from rspo_jax.models.hf_folder import CorruptFile
 from rspo_jax.models.tokenizer import Tokenizer
+from rspo_jax.storage import files
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -326,16 +327,16 @@ def save_model(model: Model, path) -> None:
   if not writes:
     return
   if len(shards) > 1:
-    write_file(folder / INDEX, json_bytes(_index(shards, by_path)))
+    files.write_json(folder / INDEX, _index(shards, by_path))
   keep = {*shards, INDEX} if len(shards) > 1 else set(shards)
   for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
     if old.name not in keep and old.exists():
       old.unlink()
   for name, content in model.source_files.items():
-    write_file(folder / name, content)
+    files.write(folder / name, content)
   if model.tokenizer is not None:
     model.tokenizer.save(folder)
-  write_file(folder / "config.json", json_bytes(source_config))
+  files.write_json(folder / "config.json", source_config)
 
 
 def make_folder(folder) -> None:
@@ -435,11 +436,11 @@ def check_tensors(
     name: leaf.tensor_shape for leaf in wanted for name in leaf.names
   }
   missing = [name for name in shape_by_name if name not in stored]
-  files = sorted({tensor.file for tensor in stored.values()})
+  places = sorted({tensor.file for tensor in stored.values()})
   if missing:
     raise MissingTensor(
       f"{where}: {missing[0]} (shape {shape_by_name[missing[0]]}) is in none "
-      f"of {files}{_more(missing)}. The config calls for it; download the "
+      f"of {places}{_more(missing)}. The config calls for it; download the "
       "checkpoint again, or correct config.json."
     )
   left = [name for name in stored if name not in shape_by_name]
@@ -857,7 +858,7 @@ def _write_shard(file, shard, by_path, writes: bool) -> None:
   encoded += b" " * (-len(encoded) % 8)
   with contextlib.ExitStack() as stack:
     if writes:
-      stream = stack.enter_context(complete_or_nothing(file))
+      stream = stack.enter_context(files.replacing(file))
       stream.write(len(encoded).to_bytes(8, "little") + encoded)
     held = None
     for leaf, layer in shard:
@@ -878,30 +879,3 @@ def to_host(array) -> np.ndarray:
 
     return multihost_utils.process_allgather(array, tiled=True)
   return np.asarray(array)
-
-
-@contextlib.contextmanager
-def complete_or_nothing(file):
-  """A stream whose file appears under its name only when it is complete."""
-  if "://" in os.fspath(file):  # objects appear when closed
-    with file.open("wb") as stream:
-      yield stream
-    return
-  partial = file.parent / f"{file.name}.partial"
-  try:
-    with partial.open("wb") as stream:
-      yield stream
-    partial.replace(file)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-def write_file(file, content: bytes) -> None:
-  """Writes a small file, complete or not at all."""
-  with complete_or_nothing(file) as stream:
-    stream.write(content)
-
-
-def json_bytes(value) -> bytes:
-  """JSON as the hub writes it."""
-  return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

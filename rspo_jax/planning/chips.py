@@ -3,7 +3,7 @@
 1. `Chip`: what one device of a kind has: bytes of memory as the compiler
    counts them, peak FLOP/s, clock, wire speed.
 2. `parse` reads "v5e:2x4" and refuses what is not sold, with the nearest name.
-3. `larger` and `names` walk the slices in order of size.
+3. `larger` and `slices` walk the slices in order of size.
 
 Sources. Memory: the capacity that the TPU compiler names when it refuses a
 program (libtpu 0.0.52). Peak: the vendor's bfloat16 figure. Clock: peak over
@@ -14,10 +14,11 @@ assumption from public descriptions, tried on no machine.
 """
 
 import dataclasses
-import difflib
 import math
 
-GIB = 2**30
+from rspo_jax.config.names import nearest
+
+GIB, GB = 2**30, 1e9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,64 +29,33 @@ class Chip:
     kind: the name in front of the colon.
     memory_bytes: what a program may use.
     peak_flops: bfloat16 FLOP/s.
-    clock_hz: cycles a second of the compiler's estimates.
+    cycle_flops: bfloat16 FLOPs of one cycle.
     wire_bytes_per_s: one-way, over all links that a collective uses.
-    host_shape: chips of one host.
     slices: shapes on offer, smallest first.
   """
 
   kind: str
   memory_bytes: int
   peak_flops: float
-  clock_hz: float
+  cycle_flops: int
   wire_bytes_per_s: float
-  host_shape: tuple[int, ...]
   slices: tuple[str, ...]
+
+  @property
+  def clock_hz(self) -> float:
+    """Cycles a second of the compiler's estimates."""
+    return self.peak_flops / self.cycle_flops
 
 
 _FLAT = ("1x1", "1x2", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_DEEP = (
-  "1x1x1",
-  "2x1x1",
-  "2x2x1",
-  "2x2x2",
-  "2x2x4",
-  "2x4x4",
-  "4x4x4",
-  "4x4x8",
-  "4x8x8",
-)
-
+_DEEP = ("1x1x1", "2x1x1", "2x2x1", "2x2x2")
+_DEEP += ("2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
 CHIPS = {
   chip.kind: chip
   for chip in (
-    Chip(
-      "v5e",
-      int(15.75 * GIB),
-      197e12,
-      197e12 / (4 * 128**2 * 2),
-      9e10,
-      (2, 2),
-      _FLAT,
-    ),
-    Chip(
-      "v6e",
-      int(31.24 * GIB),
-      918e12,
-      918e12 / (4 * 256**2 * 2),
-      1.8e11,
-      (2, 2),
-      _FLAT,
-    ),
-    Chip(
-      "v5p",
-      int(95.73 * GIB),
-      459e12,
-      459e12 / (8 * 128**2 * 2),
-      2.7e11,
-      (2, 2, 1),
-      _DEEP,
-    ),
+    Chip("v5e", int(15.75 * GIB), 197e12, 4 * 128**2 * 2, 9e10, _FLAT),
+    Chip("v6e", int(31.24 * GIB), 918e12, 4 * 256**2 * 2, 1.8e11, _FLAT),
+    Chip("v5p", int(95.73 * GIB), 459e12, 8 * 128**2 * 2, 2.7e11, _DEEP),
   )
 }
 
@@ -108,10 +78,12 @@ class Topology:
     return math.prod(self.shape)
 
 
-def names(kind: str = "") -> list[str]:
-  """Names of all slices, of one kind where it is given, smallest first."""
-  kinds = [kind] if kind else CHIPS
-  return [f"{k}:{shape}" for k in kinds for shape in CHIPS[k].slices]
+def slices(kind: str = "") -> list[Topology]:
+  """All slices, of one kind where it is given, smallest first."""
+  chosen = [CHIPS[kind]] if kind else CHIPS.values()
+  return [
+    Topology(chip, _shape(name)) for chip in chosen for name in chip.slices
+  ]
 
 
 def parse(text: str) -> Topology:
@@ -120,9 +92,9 @@ def parse(text: str) -> Topology:
   Raises:
     ValueError: a slice that is not on offer, with the nearest ones.
   """
-  kind, colon, sides = text.strip().lower().partition(":")
+  kind, _, sides = text.strip().lower().partition(":")
   if kind not in CHIPS:
-    near = difflib.get_close_matches(kind, CHIPS, 3, 0.3) or list(CHIPS)
+    near = nearest(kind, CHIPS, 0.3) or list(CHIPS)
     sold = [k for k in near if sides in CHIPS[k].slices]
     hint = (
       f"{sold[0]}:{sides}" if sold else f"{near[0]}:{CHIPS[near[0]].slices[2]}"
@@ -132,26 +104,21 @@ def parse(text: str) -> Topology:
       f"({', '.join(CHIPS)}), nor gpu:GB; try --topology={hint}."
     )
   chip = CHIPS[kind]
-  known = {_shape(name): name for name in chip.slices}
   try:
     shape = _shape(sides)
   except ValueError:
     shape = ()
-  for candidate in known:
-    if sorted(candidate) == sorted(shape):
-      return Topology(chip, candidate)
-  raise ValueError(
-    f"--topology={text} is no slice of {kind}; "
-    + (f"near it: {_nearest(chip, shape)}" if shape and colon else "there are")
-    + (" " if not (shape and colon) else "; all: ")
-    + ", ".join(f"{kind}:{name}" for name in chip.slices)
-    + "."
-  )
+  for known in slices(kind):
+    if sorted(known.shape) == sorted(shape):
+      return known
+  every = ", ".join(f"{kind}:{name}" for name in chip.slices)
+  near = f"near it: {_nearest(chip, shape)}; all:" if shape else "there are"
+  raise ValueError(f"--topology={text} is no slice of {kind}; {near} {every}.")
 
 
 def larger(topology: Topology) -> list[Topology]:
   """Slices of the same kind with more devices, smallest first."""
-  every = [parse(name) for name in names(topology.chip.kind)]
+  every = slices(topology.chip.kind)
   return [other for other in every if other.devices > topology.devices]
 
 
@@ -163,7 +130,8 @@ def _shape(text: str) -> tuple[int, ...]:
 def _nearest(chip: Chip, shape: tuple[int, ...]) -> str:
   """The slice of a kind whose number of devices is nearest."""
   wanted = max(math.prod(shape), 1)
-  distance = lambda name: abs(  # noqa: E731
-    math.log(math.prod(_shape(name)) / wanted)
-  )
+
+  def distance(name):
+    return abs(math.log(math.prod(_shape(name)) / wanted))
+
   return f"{chip.kind}:{min(chip.slices, key=distance)}"

@@ -11,8 +11,8 @@ XLA's own count is of no use here: it counts the body of a loop once.
 
 import math
 
-import jax
 import numpy as np
+from jax.extend import core
 from jax.interpreters import partial_eval
 
 
@@ -65,7 +65,7 @@ def _inner(params):
   """Jaxprs among an equation's parameters."""
   for value in params.values():
     for item in value if isinstance(value, tuple | list) else (value,):
-      if isinstance(item, jax.extend.core.ClosedJaxpr | jax.extend.core.Jaxpr):
+      if isinstance(item, core.ClosedJaxpr | core.Jaxpr):
         yield item
 
 
@@ -89,7 +89,7 @@ def _trips(condition) -> int | None:
     for eqn in condition.eqns
     if eqn.primitive.name == "lt"
     for var in eqn.invars[1:]
-    if isinstance(var, jax.extend.core.Literal)
+    if isinstance(var, core.Literal)
   ]
   return bounds[0] if bounds else None
 

@@ -13,39 +13,23 @@ adds. A bound that is computed on the device has to be told.
 Collectives count as what they are on a ring of n devices, each sending in one
 direction: gathers and scatters (n-1)/n of the whole array, reductions twice
 that, a permutation its array. Of a conditional the dearest branch counts. An
-all-reduce that the compiler has fused with
-the slice of its result is a reduce-scatter, whatever its name.
+all-reduce that the compiler has fused with the slice of its result is a
+reduce-scatter, whatever its name.
 """
 
 import dataclasses
+import functools
 import math
 import re
 
-_BYTES = {
-  "pred": 1,
-  "s4": 0.5,
-  "u4": 0.5,
-  "s8": 1,
-  "u8": 1,
-  "s16": 2,
-  "u16": 2,
-  "f16": 2,
-  "bf16": 2,
-  "s32": 4,
-  "u32": 4,
-  "f32": 4,
-  "s64": 8,
-  "u64": 8,
-  "f64": 8,
-  "c64": 8,
+# Bytes on the wire of n devices for one byte that a device gives.
+_SENT = {
+  "all-gather": lambda n: n - 1,
+  "all-reduce": lambda n: 2 * (n - 1) / n,
+  "reduce-scatter": lambda n: (n - 1) / n,
+  "all-to-all": lambda n: (n - 1) / n,
+  "collective-permute": lambda n: 1,
 }
-COLLECTIVES = (
-  "all-gather",
-  "all-reduce",
-  "reduce-scatter",
-  "all-to-all",
-  "collective-permute",
-)
 # Instructions that touch no memory of their own.
 _FREE = {
   "parameter",
@@ -56,14 +40,13 @@ _FREE = {
   "iota",
   "after-all",
   "partition-id",
-  "while",
-  "call",
-  "conditional",
   "opt-barrier",
   "optimization-barrier",
 }
 
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
+# Bits of an element (none are printed of pred, which takes a byte), sides,
+# layout.
+_ARRAY = re.compile(r"\b(?:pred|[sufc]|bf)(\d*)\[([\d,]*)\](\{[^}]*\})?")
 _INSTRUCTION = re.compile(r"^  (ROOT )?%([\w.\-]+) = ")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _COMMENT = re.compile(r"/\*.*?\*/")
@@ -124,37 +107,29 @@ class Measured:
     wire_by_kind: collectives.
     unpriced: instructions without an estimate that may cost something, by
       name of their target (hand-written kernels).
-    guessed_loops: loops whose turns were told and not read.
   """
 
   cycles: float = 0.0
   moved_bytes: float = 0.0
   wire_by_kind: dict[str, Wire] = dataclasses.field(default_factory=dict)
   unpriced: dict[str, float] = dataclasses.field(default_factory=dict)
-  guessed_loops: int = 0
 
-  def add(self, other: "Measured") -> None:
-    """Adds what another part of the program does."""
-    self.cycles += other.cycles
-    self.moved_bytes += other.moved_bytes
-    self.guessed_loops += other.guessed_loops
-    for name, times in other.unpriced.items():
-      self.unpriced[name] = self.unpriced.get(name, 0) + times
+  def add(self, other: "Measured", times: float) -> None:
+    """Adds what another part of the program does, run `times` times."""
+    self.cycles += times * other.cycles
+    self.moved_bytes += times * other.moved_bytes
+    for name, count in other.unpriced.items():
+      self.unpriced[name] = self.unpriced.get(name, 0) + times * count
     for kind, wire in other.wire_by_kind.items():
       mine = self.wire_by_kind.setdefault(kind, Wire())
-      mine.bytes += wire.bytes
-      mine.blocking_bytes += wire.blocking_bytes
-      mine.count += wire.count
+      mine.bytes += times * wire.bytes
+      mine.blocking_bytes += times * wire.blocking_bytes
+      mine.count += times * wire.count
 
   @property
   def wire_bytes(self) -> float:
     """Bytes on the wire of all collectives."""
     return sum(wire.bytes for wire in self.wire_by_kind.values())
-
-  @property
-  def blocking_bytes(self) -> float:
-    """Bytes on the wire that nothing overlaps."""
-    return sum(wire.blocking_bytes for wire in self.wire_by_kind.values())
 
 
 def type_bytes(kind: str, fast: bool = True) -> float:
@@ -164,12 +139,11 @@ def type_bytes(kind: str, fast: bool = True) -> float:
     kind: such as "(f32[8]{0}, bf16[4,2]{1,0:S(1)})".
     fast: whether arrays in on-chip memory, S(1), count.
   """
-  total = 0.0
-  for dtype, sides, layout in _ARRAY.findall(kind):
-    if dtype in _BYTES and (fast or "S(1)" not in layout):
-      shape = [int(side) for side in sides.split(",") if side]
-      total += _BYTES[dtype] * math.prod(shape)
-  return total
+  return sum(
+    int(bits or 8) / 8 * math.prod(int(n) for n in sides.split(",") if n)
+    for bits, sides, layout in _ARRAY.findall(kind)
+    if fast or "S(1)" not in layout
+  )
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
@@ -192,13 +166,13 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
       flush()
       current = None
     elif current is not None:
+      # The text of a hand-written kernel goes over several lines, some of
+      # which begin with braces.
       if _INSTRUCTION.match(line):
         flush()
-        pending.append(line)
-      elif pending:
-        # The text of a hand-written kernel goes over several lines, some of
-        # which begin with braces.
-        pending.append(line)
+      elif not pending:
+        continue
+      pending.append(line)
   return computations, entry
 
 
@@ -208,10 +182,9 @@ def _instruction(line: str) -> Instruction:
   rest = _COMMENT.sub("", line[head.end() :])
   end = _balanced(rest, 0) if rest.startswith("(") else rest.index(" ")
   kind, rest = rest[:end], rest[end:].lstrip()
-  opcode, _, tail = rest.partition("(")
+  opcode = rest.partition("(")[0]
   close = _balanced(rest, len(opcode))
   literal = rest[len(opcode) + 1 : close - 1]
-  del tail
   return Instruction(
     name=head[2],
     opcode=opcode.strip(),
@@ -252,10 +225,8 @@ def group_size(attributes: str, devices: int) -> int:
   )
   if found:
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", found[1])}
-    total = 1
-    for name, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2]):
-      total *= int(part) if part else sizes[name]
-    return total
+    axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+    return math.prod(int(part) if part else sizes[name] for name, part in axes)
   return devices
 
 
@@ -268,50 +239,41 @@ def measure(text: str, devices: int, unknown_trips: int = 1) -> Measured:
     unknown_trips: turns of a loop whose bound the device computes.
   """
   computations, entry = parse(text)
-  measured = Measured()
-  _walk(computations, entry, 1.0, devices, unknown_trips, measured)
-  return measured
+
+  @functools.cache
+  def run(name) -> Measured:
+    """What one run of a computation does."""
+    computation, measured = computations[name], Measured()
+    for instruction in computation.values():
+      opcode = instruction.opcode
+      if opcode == "while":
+        turns = trips(computations, computation, instruction)
+        turns = unknown_trips if turns is None else turns
+        measured.add(run(instruction.called("body")), turns)
+      elif opcode == "call":
+        measured.add(run(instruction.called("to_apply")), 1)
+      elif opcode == "conditional":
+        branches = map(run, _branches(instruction))
+        measured.add(max(branches, key=lambda branch: branch.cycles), 1)
+      else:
+        _add_cycles(instruction, measured)
+        _add_wire(computations, computation, instruction, devices, measured)
+        measured.moved_bytes += _traffic(computations, computation, instruction)
+    return measured
+
+  return run(entry)
 
 
-def _walk(computations, name, times, devices, unknown_trips, measured):
-  """Adds a computation, run `times` times, to what was measured."""
-  computation = computations[name]
-  go = lambda name, times: _walk(  # noqa: E731
-    computations, name, times, devices, unknown_trips, measured
-  )
-  for instruction in computation.values():
-    opcode = instruction.opcode
-    if opcode == "while":
-      turns = trips(computations, computation, instruction)
-      if turns is None:
-        turns = unknown_trips
-        measured.guessed_loops += 1
-      go(instruction.called("body"), times * turns)
-      continue
-    if opcode == "call":
-      go(instruction.called("to_apply"), times)
-      continue
-    if opcode == "conditional":
-      branches = []
-      for branch in _branches(instruction):
-        branches.append(Measured())
-        _walk(computations, branch, times, devices, unknown_trips, branches[-1])
-      measured.add(max(branches, key=lambda branch: branch.cycles))
-      continue
-    found = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
-    if found:
-      measured.cycles += times * int(found[1])
-    elif opcode == "custom-call":
-      target = re.search(
-        r'custom_call_target="([^"]*)"', instruction.attributes
-      )
-      label = target[1] if target else "custom-call"
-      if label == "tpu_custom_call":
-        measured.unpriced[label] = measured.unpriced.get(label, 0) + times
-    _add_wire(computations, computation, instruction, times, devices, measured)
-    measured.moved_bytes += times * _traffic(
-      computations, computation, instruction
-    )
+def _add_cycles(instruction, measured) -> None:
+  """Adds the compiler's estimate, or says that there is none."""
+  attributes = instruction.attributes
+  found = re.search(r'"estimated_cycles":"(\d+)"', attributes)
+  if found:
+    measured.cycles += int(found[1])
+  elif instruction.opcode == "custom-call":
+    target = re.search(r'custom_call_target="([^"]*)"', attributes)
+    if target and target[1] == "tpu_custom_call":
+      measured.unpriced[target[1]] = measured.unpriced.get(target[1], 0) + 1
 
 
 def _branches(instruction) -> list[str]:
@@ -334,19 +296,13 @@ def trips(computations, computation, loop) -> int | None:
   condition = computations[loop.called("condition")]
   body = computations[loop.called("body")]
   initial = computation.get(loop.operands[0]) if loop.operands else None
-  compare = next((i for i in condition.values() if i.opcode == "compare"), None)
-  inner = None
+  compare, inner = _comparison(condition), None
   if compare is None:
     # The comparison may have been fused.
-    for instruction in condition.values():
-      called = instruction.called("calls")
-      if called:
-        inner = computations[called]
-        compare = next(
-          (i for i in inner.values() if i.opcode == "compare"), None
-        )
-        outer = instruction
-        break
+    outer = next((i for i in condition.values() if i.called("calls")), None)
+    if outer is not None:
+      inner = computations[outer.called("calls")]
+      compare = _comparison(inner)
   if compare is None:
     return None
 
@@ -368,6 +324,11 @@ def trips(computations, computation, loop) -> int | None:
   return max(math.ceil((end - start) / _step(body, counter)), 0)
 
 
+def _comparison(computation) -> Instruction | None:
+  """The comparison of a loop's condition."""
+  return next((i for i in computation.values() if i.opcode == "compare"), None)
+
+
 def _index(instruction) -> int | None:
   """i of get-tuple-element(..), index=i."""
   found = re.search(r"\bindex=(\d+)", instruction.attributes)
@@ -378,11 +339,8 @@ def _constant(instruction) -> int | None:
   """Value of an integer constant."""
   if instruction is None or instruction.opcode != "constant":
     return None
-  return (
-    int(instruction.literal)
-    if instruction.literal.lstrip("-").isdigit()
-    else None
-  )
+  digits = instruction.literal.lstrip("-").isdigit()
+  return int(instruction.literal) if digits else None
 
 
 def _initial(computation, initial, element) -> int | None:
@@ -412,56 +370,50 @@ def _step(body, counter) -> int:
   return 1
 
 
-def _add_wire(computations, computation, instruction, times, devices, measured):
+def _add_wire(computations, computation, instruction, devices, measured):
   """Adds what an instruction sends over the wire."""
   base = instruction.opcode.removesuffix("-start")
-  if base in COLLECTIVES:
-    overlaps = instruction.opcode.endswith("-start")
-    _add(measured, base, computation, instruction, times, devices, overlaps)
+  if base in _SENT:
+    overlaps = base != instruction.opcode
+    _add_collective(measured, base, computation, instruction, devices, overlaps)
     return
-  inner = computations.get(instruction.called("calls") or "", {})
-  pieces = [i for i in inner.values() if i.opcode in COLLECTIVES]
-  if not pieces:
-    return
+  called = instruction.called("calls") or ""
+  inner = computations.get(called, {})
+  pieces = [i for i in inner.values() if i.opcode in _SENT]
   # An overlapped collective is printed in the fusion that starts it, in those
   # that compute meanwhile and in the one that waits for it: the first counts.
   targets = "".join(i.attributes for i in inner.values())
   starts = '"AsyncCollectiveStart"' in targets
-  if not starts and (
-    '"AsyncCollectiveDone"' in targets
-    or (instruction.called("calls") or "").startswith("async_collective")
-  ):
+  waits = '"AsyncCollectiveDone"' in targets
+  if not starts and (waits or called.startswith("async_collective")):
     return
   overlaps = starts or instruction.opcode == "async-start"
   sliced = any(i.opcode == "dynamic-slice" for i in inner.values())
   for piece in pieces:
-    kind = piece.opcode
-    if kind == "all-reduce" and sliced:
-      kind = "reduce-scatter"
-    _add(measured, kind, inner, piece, times, devices, overlaps)
+    scatters = piece.opcode == "all-reduce" and sliced
+    kind = "reduce-scatter" if scatters else piece.opcode
+    _add_collective(measured, kind, inner, piece, devices, overlaps)
 
 
-def _add(measured, kind, computation, instruction, times, devices, overlaps):
+def _add_collective(
+  measured, kind, computation, instruction, devices, overlaps
+):
   """Adds one collective."""
   n = group_size(instruction.attributes, devices)
   if kind != "collective-permute" and n == 1:
     return
-  given = sum(
-    type_bytes(computation[name].kind)
-    for name in instruction.operands
-    if name in computation
-  )
-  sent = {
-    "all-gather": given * (n - 1),
-    "all-reduce": 2 * given * (n - 1) / n,
-    "reduce-scatter": given * (n - 1) / n,
-    "all-to-all": given * (n - 1) / n,
-    "collective-permute": given,
-  }[kind]
+  given = _operand_bytes(computation, instruction)
+  sent = given * _SENT[kind](n)
   wire = measured.wire_by_kind.setdefault(kind, Wire())
-  wire.bytes += times * sent
-  wire.blocking_bytes += 0.0 if overlaps else times * sent
-  wire.count += times
+  wire.bytes += sent
+  wire.blocking_bytes += 0.0 if overlaps else sent
+  wire.count += 1
+
+
+def _operand_bytes(computation, instruction, fast: bool = True) -> float:
+  """Bytes of all operands of an instruction."""
+  names = (name for name in instruction.operands if name in computation)
+  return sum(type_bytes(computation[name].kind, fast) for name in names)
 
 
 def _traffic(computations, computation, instruction) -> float:
@@ -481,11 +433,7 @@ def _traffic(computations, computation, instruction) -> float:
   if not inner:
     if opcode in ("dynamic-slice", "slice"):
       return 2 * type_bytes(instruction.kind, False)
-    read = sum(
-      type_bytes(computation[name].kind, False)
-      for name in instruction.operands
-      if name in computation
-    )
+    read = _operand_bytes(computation, instruction, fast=False)
     return read + type_bytes(instruction.kind, False)
   total, in_place = 0.0, set()
   root = next((i for i in inner.values() if i.is_root), None)

@@ -1,45 +1,25 @@
-"""Writes what a run measures: one JSON line a step, TensorBoard, terminal.
+"""Writes what a run measures: one JSON line a step, TensorBoard, trackers.
 
 `metrics.jsonl` holds one object a step, `step` first, in ascending order and
 each step once: a row goes out in one write and is taken back when it could not
 be written whole; a resumed run drops the rows past its checkpoint first
 (`truncate_to`), a half-written last line among them.
 
-On a terminal one live line shows bar, step, reward and its trend, accuracy,
-calibration slope, tokens per second and time left; elsewhere plain lines come
-at most every few seconds. Messages scroll above the line.
-
-rich and tensorboardX are imported when first used: a command that fails on its
-configuration should not wait for them.
+tensorboardX is imported when first used: a command that fails on its
+configuration should not wait for it.
 """
 
-import collections
 import contextlib
 import json
 import math
 import os
 import pathlib
-import statistics
 import sys
-import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
-PLAIN_INTERVAL_S = 5.0
-_REFRESH_PER_S = 4
-_TREND_STEPS = 10
-_TIMED_STEPS = 21
-_PHASE_WORTH_SAYING_S = 0.5
-
-_BAR_COLUMNS = (6, 30)
-
-# Metric and how it is written on the progress line.
-_SHOWN = (
-  ("eval/accuracy", "accuracy {:.3f}"),
-  ("calibration/slope", "slope {:.2f}"),
-  ("rollout/tokens_per_s", "{:,.0f} tokens/s"),
-)
+from rspo_jax.reporting import terminal
+from rspo_jax.storage import files
 
 
 class MetricsError(Exception):
@@ -100,8 +80,11 @@ class MetricsWriter:
     self._purge_step: int | None = None
     self._events: Any = None
     self._trackers: Any = None
-    self._view = _View(
-      total_steps, stream or sys.stdout, active and not quiet, debug, active
+    level = terminal.DETAILS if debug else terminal.MESSAGES
+    if quiet:
+      level = terminal.WARNINGS
+    self._terminal = terminal.Terminal(
+      total_steps, stream or sys.stdout, level if active else terminal.SILENT
     )
 
   def write(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -132,7 +115,7 @@ class MetricsWriter:
         self._add_scalars(step, finite)
       if self._trackers is not None:
         self._trackers.each("scalars", step, finite)
-      self._view.update(step, finite)
+      self._terminal.update(step, finite)
     if bad:
       raise NonFiniteMetric(step, bad)
 
@@ -186,32 +169,30 @@ class MetricsWriter:
 
   def say(self, text: str) -> None:
     """Shows a message above the progress line, unless quiet."""
-    self._view.say(text)
+    self._terminal.say(text)
 
   def warn(self, text: str) -> None:
     """Shows a message even when quiet."""
-    self._view.say(text, always=True)
+    self._terminal.say(text, terminal.WARNINGS)
 
   def fail(self, error: object) -> None:
     """Ends the progress line and names what ended the run, on stderr."""
-    self._view.close()
+    self._terminal.close()
     print(f"error: {error}", file=sys.stderr, flush=True)
 
   def debug(self, text: str) -> None:
     """Shows a message at the debug level only."""
-    self._view.say(text, debug=True)
+    self._terminal.say(text, terminal.DETAILS)
 
-  @contextlib.contextmanager
-  def phase(self, name: str) -> Iterator[None]:
+  def phase(self, name: str) -> contextlib.AbstractContextManager[None]:
     """Shows what is going on, and afterwards how long it took."""
-    with self._view.phase(name):
-      yield
+    return self._terminal.phase(name)
 
   def table(
     self, rows: Sequence[Mapping[str, Any]], title: str | None = None
   ) -> None:
     """Shows rows under the keys of the first one, unless quiet."""
-    self._view.table(rows, title)
+    self._terminal.table(rows, title)
 
   def flush(self) -> None:
     """Brings the event files up to date; rows always are."""
@@ -220,7 +201,7 @@ class MetricsWriter:
 
   def close(self) -> None:
     """Ends the progress line and closes the files."""
-    self._view.close()
+    self._terminal.close()
     self._close_file()
     self._close_events()
     if self._trackers is not None:
@@ -317,236 +298,6 @@ def read_rows(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
         yield row
 
 
-class _View:
-  """What a person sees of a run."""
-
-  def __init__(
-    self,
-    total_steps: int,
-    stream: TextIO,
-    shown: bool,
-    debug: bool,
-    active: bool,
-  ):
-    self._total_steps = total_steps
-    self._stream = stream
-    self._shown = shown
-    self._debug = debug
-    self._active = active
-    self._live: Any = None
-    self._console: Any = None
-    self._phases: list[tuple[str, float]] = []
-    self._step: int | None = None
-    self._latest: dict[str, float] = {}
-    self._rewards = collections.deque(maxlen=2 * _TREND_STEPS)
-    self._step_times_s = collections.deque(maxlen=_TIMED_STEPS)
-    self._last_update_s: float | None = None
-    self._last_line_s = -math.inf
-    self._pending = False
-    self._terminal = shown and _is_terminal(stream)
-
-  def update(self, step: int, metrics: Mapping[str, float]) -> None:
-    """Takes note of a step; shows it when it is time."""
-    if not self._shown:
-      return
-    now = time.monotonic()
-    if self._last_update_s is not None:
-      self._step_times_s.append(now - self._last_update_s)
-    self._last_update_s = now
-    self._step = step
-    self._latest.update(metrics)
-    if "reward/mean" in metrics:
-      self._rewards.append(metrics["reward/mean"])
-    if self._terminal:
-      self._start()
-      return
-    self._pending = True
-    last = step >= self._total_steps
-    if last or now - self._last_line_s >= PLAIN_INTERVAL_S:
-      self._last_line_s = now
-      self._show_pending()
-
-  def _show_pending(self) -> None:
-    if self._pending:
-      self._pending = False
-      self._print("  ".join(self._parts()))
-
-  def say(self, text: str, always: bool = False, debug: bool = False) -> None:
-    if not self._active or not (self._shown or always):
-      return
-    if debug and not self._debug:
-      return
-    self._print(text)
-
-  @contextlib.contextmanager
-  def phase(self, name: str) -> Iterator[None]:
-    start_s = time.monotonic()
-    self._phases.append((name, start_s))
-    if self._terminal:
-      self._start()
-    else:
-      self.say(f"{name} ...")
-    try:
-      yield
-    finally:
-      self._phases.pop()
-      took_s = time.monotonic() - start_s
-      # Time in a phase is not the step's: it would spoil the time left.
-      if self._last_update_s is not None:
-        self._last_update_s += took_s if not self._phases else 0.0
-      if took_s >= _PHASE_WORTH_SAYING_S:
-        self.say(f"{name}: {took_s:.1f} s")
-
-  def table(self, rows: Sequence[Mapping[str, Any]], title: str | None) -> None:
-    if not rows or not self._shown:
-      return
-    header = list(rows[0])
-    cells = [[_cell(row[key]) for key in header] for row in rows]
-    if not self._terminal:
-      lines = [title] if title else []
-      self._print("\n".join([*lines, *_aligned([header, *cells])]))
-      return
-    import rich.box
-    import rich.table
-    import rich.text
-
-    table = rich.table.Table(
-      title=title, box=rich.box.SIMPLE_HEAD, title_justify="left"
-    )
-    for column, name in enumerate(header):
-      table.add_column(name, justify="right" if column else "left")
-    for row in cells:
-      table.add_row(*(rich.text.Text(cell) for cell in row))
-    self._console_now().print(table)
-
-  def close(self) -> None:
-    self._show_pending()
-    if self._live is not None:
-      self._live.stop()
-    self._live = None
-    self._terminal = False  # what comes now is plain
-
-  def _print(self, text: str) -> None:
-    if self._terminal:
-      import rich.text
-
-      # As text: brackets in a completion are no markup.
-      self._console_now().print(rich.text.Text(text), soft_wrap=True)
-    else:
-      self._stream.write(text + "\n")
-      self._stream.flush()
-
-  def _console_now(self) -> Any:
-    if self._console is None:
-      import rich.console
-
-      self._console = rich.console.Console(file=self._stream, highlight=False)
-    return self._console
-
-  def _start(self) -> None:
-    """Starts the live line, which from then on refreshes itself."""
-    if self._live is not None:
-      return
-    import rich.live
-
-    self._live = rich.live.Live(
-      console=self._console_now(),
-      get_renderable=self._render,
-      refresh_per_second=_REFRESH_PER_S,
-      redirect_stdout=False,
-      redirect_stderr=False,
-    )
-    self._live.start()
-
-  def _render(self) -> Any:
-    """Builds the live line; called from rich's thread."""
-    import rich.progress_bar
-    import rich.table
-    import rich.text
-
-    parts = self._parts() if self._step is not None else []
-    phases = list(self._phases)
-    if phases:
-      name, start_s = phases[-1]
-      parts.insert(0, f"{name} {time.monotonic() - start_s:.0f} s")
-    text = "  ".join(parts)
-    # The bar takes what the figures leave.
-    room = self._console_now().width - len(text) - 3
-    width = max(_BAR_COLUMNS[0], min(_BAR_COLUMNS[1], room))
-    grid = rich.table.Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(width=width)
-    grid.add_column(no_wrap=True, overflow="ellipsis")
-    grid.add_row(
-      rich.progress_bar.ProgressBar(
-        total=max(1, self._total_steps), completed=self._step or 0, width=width
-      ),
-      rich.text.Text(text),
-    )
-    return grid
-
-  def _parts(self) -> list[str]:
-    """Puts the latest figures into words, the most wanted first."""
-    parts = [f"step {self._step}/{self._total_steps}"]
-    if self._step_times_s:
-      step_s = statistics.median(list(self._step_times_s))
-      left_s = step_s * max(0, self._total_steps - self._step)
-      parts.append(f"{_duration(left_s)} left")
-    if self._rewards:
-      parts.append(_trend(list(self._rewards)))
-    for key, form in _SHOWN:
-      if key in self._latest:
-        parts.append(form.format(self._latest[key]))
-    return parts
-
-
-def _is_terminal(stream: TextIO) -> bool:
-  if os.environ.get("TERM", "") == "dumb":
-    return False
-  try:
-    return stream.isatty()
-  except (AttributeError, ValueError):
-    return False
-
-
-def _trend(rewards: list[float]) -> str:
-  """Writes the mean of the last steps and how it moved since those before."""
-  recent = rewards[-_TREND_STEPS:]
-  before = rewards[:-_TREND_STEPS]
-  mean = statistics.fmean(recent)
-  if not before:
-    return f"reward {mean:.3f}"
-  return f"reward {mean:.3f} ({mean - statistics.fmean(before):+.3f})"
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours:
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-  return f"{minutes}:{seconds:02d}"
-
-
-def _cell(value: Any) -> str:
-  if isinstance(value, float):
-    return f"{value:.4g}"
-  return "" if value is None else str(value)
-
-
-def _aligned(rows: Iterable[Sequence[str]]) -> list[str]:
-  """Sets a table in columns: the first to the left, others to the right."""
-  rows = list(rows)
-  widths = [
-    max(len(cell) for cell in column) for column in zip(*rows, strict=True)
-  ]
-  return [
-    "  ".join(
-      cell.rjust(width) if index else cell.ljust(width)
-      for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-    ).rstrip()
-    for row in rows
-  ]
-
-
 def _number(key: str, value: Any) -> float | int:
   """Turns a scalar of any library into a Python number."""
   if hasattr(value, "item") and getattr(value, "shape", None) == ():
@@ -593,22 +344,12 @@ def _truncate(path: pathlib.Path, step: int) -> list[str]:
     return []
   messages = []
   last = -math.inf
-  descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".")
-  try:
-    with os.fdopen(descriptor, "wb") as kept, path.open("rb") as file:
-      for number, line in enumerate(file, 1):
-        row = _parse_row(line)
-        if row is None:
-          messages.append(f"{path}: line {number} was damaged and is dropped.")
-        elif last < row["step"] <= step:
-          last = row["step"]
-          kept.write(line)
-      kept.flush()
-      os.fsync(kept.fileno())
-    os.chmod(name, path.stat().st_mode & 0o777)
-    os.replace(name, path)
-  except BaseException:
-    with contextlib.suppress(OSError):
-      os.unlink(name)
-    raise
+  with files.replacing(path) as kept, path.open("rb") as file:
+    for number, line in enumerate(file, 1):
+      row = _parse_row(line)
+      if row is None:
+        messages.append(f"{path}: line {number} was damaged and is dropped.")
+      elif last < row["step"] <= step:
+        last = row["step"]
+        kept.write(line)
   return messages

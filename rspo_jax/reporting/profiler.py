@@ -184,25 +184,15 @@ def table(
   """Rows of the most expensive (program, kind), and of the rest."""
   ranked = sorted(seconds.items(), key=lambda item: -item[1])
   total = sum(seconds.values())
-  rows = [
-    {"program": program, "operation": name, "seconds": spent}
-    for (program, name), spent in ranked[:TOP]
-  ]
   if len(ranked) > TOP:
     rest = sum(spent for _, spent in ranked[TOP:])
-    rows.append(
-      {
-        "program": "",
-        "operation": f"{len(ranked) - TOP} others",
-        "seconds": rest,
-      }
-    )
+    ranked[TOP:] = [(("", f"{len(ranked) - TOP} others"), rest)]
   return [
     {
-      "program": row["program"],
-      "operation": row["operation"],
-      "ms a step": f"{1e3 * row['seconds'] / max(1, steps):.2f}",
-      "share": f"{100 * row['seconds'] / max(total, 1e-12):.0f} %",
+      "program": program,
+      "operation": name,
+      "ms a step": f"{1e3 * spent / max(1, steps):.2f}",
+      "share": f"{100 * spent / max(total, 1e-12):.0f} %",
     }
-    for row in rows
+    for (program, name), spent in ranked
   ]

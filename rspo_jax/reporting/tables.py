@@ -1,10 +1,5 @@
 """What evaluations say to a reader: tables, and the files they leave.
 
-    python -m rspo_jax.scores DIR [DIR ...]
-
-prints one table over every evaluation (`--mode=eval`) that was written to the
-folders, as Markdown.
-
 1. An evaluation is one JSON object, DIR/eval/NAME.json: what was evaluated, its
    `eval/*` metrics and the accuracies by difficulty. `read` finds them.
 2. `table` puts several side by side; `decodings`, `passes` and `difficulties`
@@ -15,14 +10,27 @@ folders, as Markdown.
 
 import hashlib
 import json
+import operator
 import pathlib
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _PASS = "eval/pass_at_"
+# What tells evaluations apart, by the column that shows it; first those that
+# they are sorted by.
+_COLUMNS = {
+  "task": "task",
+  "model": "model",
+  "step": "step",
+  "split": "split",
+  "length": "completion_length",
+  "sampler": "sampler",
+  "seed": "seed",
+  "protocol": "protocol",
+  "T": "temperature",
+}
 
 
 def percent(share: float) -> str:
@@ -66,9 +74,8 @@ def decodings(values: Mapping[str, float]) -> list[dict[str, str]]:
   Args:
     values: `evaluate.metrics`.
   """
-  rows = []
-  for kind, end in (("greedy", ""), ("sampled", "_sampled")):
-    row = {
+  return [
+    {
       "decoding": kind,
       "accuracy": percent(values["eval/accuracy" + end]),
       "95 % interval": interval(
@@ -78,8 +85,8 @@ def decodings(values: Mapping[str, float]) -> list[dict[str, str]]:
       "forwards": f"{values['eval/denoiser_calls' + end]:.4g}",
       "tokens/s": _speed(values, end),
     }
-    rows.append(row)
-  return rows
+    for kind, end in (("greedy", ""), ("sampled", "_sampled"))
+  ]
 
 
 def _speed(values: Mapping[str, float], end: str) -> str:
@@ -162,18 +169,7 @@ def read(folders: Iterable[str | pathlib.Path]) -> list[dict[str, Any]]:
       if not isinstance(row, dict) or "eval/accuracy" not in row:
         raise ValueError(f"{path} is no evaluation; remove it from {inside}.")
       found.append(row)
-  return sorted(
-    found,
-    key=lambda row: (
-      row["task"],
-      row["model"],
-      row["step"],
-      row["split"],
-      row["completion_length"],
-      row["sampler"],
-      row["seed"],
-    ),
-  )
+  return sorted(found, key=operator.itemgetter(*list(_COLUMNS.values())[:7]))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
@@ -182,22 +178,11 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
   Args:
     rows: as `read` gives them.
   """
-  telling = {
-    "task": "task",
-    "model": "model",
-    "step": "step",
-    "split": "split",
-    "protocol": "protocol",
-    "completion_length": "length",
-    "sampler": "sampler",
-    "seed": "seed",
-    "temperature": "T",
+  shown = {
+    name: key
+    for name, key in _COLUMNS.items()
+    if name == "length" or len({str(row[key]) for row in rows}) > 1
   }
-  shown = [
-    key
-    for key in telling
-    if key == "completion_length" or len({str(row[key]) for row in rows}) > 1
-  ]
   ks = sorted(
     {
       int(key.removeprefix(_PASS))
@@ -208,7 +193,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
   )
   cells = []
   for row in rows:
-    cell = {telling[key]: str(row[key]) for key in shown}
+    cell = {name: str(row[key]) for name, key in shown.items()}
     cell["n"] = str(row["eval/n"])
     for name, end in (("greedy", ""), ("sampled", "_sampled")):
       cell[name] = percent(row["eval/accuracy" + end])
@@ -288,20 +273,3 @@ def d1_document(
     "diffusion_steps": steps,
     "block_length": settings.block_length,
   }
-
-
-def main(arguments: Sequence[str]) -> int:
-  """Prints the table of the folders named; returns the exit status."""
-  if not arguments or arguments[0].startswith("-"):
-    print("usage: python -m rspo_jax.scores DIR [DIR ...]", file=sys.stderr)
-    return 2 if not arguments else 0
-  try:
-    print(markdown(table(read(arguments))))
-  except ValueError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))

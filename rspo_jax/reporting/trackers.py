@@ -71,7 +71,7 @@ class Wandb:
 
 
 class Trackio:
-  """A run of trackio: scalars alone."""
+  """A run of trackio, which keeps numbers alone."""
 
   def __init__(self, folder: pathlib.Path, config: Mapping[str, Any]):
     self._trackio = importlib.import_module("trackio")
@@ -85,12 +85,6 @@ class Trackio:
   def scalars(self, step: int, values: Mapping[str, float]) -> None:
     """The row of a step."""
     self._trackio.log(dict(values), step=step)
-
-  def histogram(self, step: int, name: str, values) -> None:
-    """Nothing: trackio keeps numbers."""
-
-  def text(self, step: int, name: str, text: str) -> None:
-    """Nothing: trackio keeps numbers."""
 
   def close(self) -> None:
     """Ends the run."""
@@ -153,9 +147,10 @@ class Trackers:
         self._open[name] = tracker
 
   def each(self, method: str, *args) -> None:
-    """Calls a method of every tracker."""
+    """Calls a method of every tracker that has it."""
     for name, tracker in list(self._open.items()):
-      self._guarded(name, getattr(tracker, method), *args)
+      if hasattr(tracker, method):
+        self._guarded(name, getattr(tracker, method), *args)
 
   def _guarded(self, name: str, call: Callable, *args) -> Any:
     try:

@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from rspo_jax.storage import files
+
 FOLDER = "incident"
 RECORD = "incident.json"
 # Folders of a run: the first ones tell the story, and a run that goes on
@@ -152,7 +154,7 @@ def write(
     safetensors.save_file(rows, folder / name)
     if jax.process_index() == 0:
       text = json.dumps(dict(record), indent=2, allow_nan=False)
-      (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+      files.write(folder / RECORD, text + "\n")
   except OSError as error:
     return f"The incident could not be written to {folder}: {error}."
   return None

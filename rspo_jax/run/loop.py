@@ -24,7 +24,7 @@ from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
 from rspo_jax.run import workdir as workdir_lib
 from rspo_jax.run.runs import Interrupted, Run, Sampled
-from rspo_jax.storage import mirror
+from rspo_jax.storage import files, mirror
 from rspo_jax.storage.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -219,7 +219,7 @@ def train(run: Run, batches) -> int:
   checkpointer = Checkpointer(
     run.home.address / "checkpoints",
     keep_last=settings.run.keep_checkpoints,
-    keep_every=settings.run.keep_every or None,
+    keep_every=settings.run.keep_every,
     keep_best=settings.run.keep_best,
   )
   with checkpointer, contextlib.closing(batches):
@@ -454,7 +454,7 @@ def evaluate_only(run: Run, source: str) -> int:
       return INTERRUPTED
     line |= values | {"by_difficulty": run.by_difficulty}
     if run.main_process:
-      workdir_lib.write_json(folder / f"{stem.name}.json", line)
+      files.write_json(folder / f"{stem.name}.json", line)
       print(json.dumps(line), flush=True)
       if settings.eval.d1_files:
         texts = [row["completion"] for row in run.greedy_rows]
@@ -467,7 +467,7 @@ def evaluate_only(run: Run, source: str) -> int:
           source,
         )
         (folder / "d1" / evaluation.name).mkdir(parents=True, exist_ok=True)
-        workdir_lib.write_json(folder / "d1" / evaluation.name / name, document)
+        files.write_json(folder / "d1" / evaluation.name / name, document)
   if run.main_process and len(settings.evaluations) > 1:
     run.writer.table(tables.table(tables.read([folder])))
   return DONE

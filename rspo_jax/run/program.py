@@ -2,7 +2,7 @@
 
 `build` loads the model onto the mesh and prepares the jitted functions; it
 compiles nothing and reads no data. A run (`runs.py`) calls them one after
-another; the planner (`planner.py`) compiles them for a mesh that is not there,
+another; the planner (`planning/programs.py`) compiles them for a mesh that is not there,
 with an `abstract_model`.
 """
 

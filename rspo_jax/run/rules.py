@@ -11,8 +11,8 @@ import math
 import os
 import pathlib
 
-from rspo_jax.config import schema
-from rspo_jax.sampling.settings import SamplerSettings, validate
+from rspo_jax.config import keys, schema
+from rspo_jax.run import samplers
 from rspo_jax.storage import mirror
 
 EMBEDDED = "embedded:"
@@ -31,8 +31,8 @@ def check_early(config) -> schema.Config:
   Raises:
     ValueError: names key, value and remedy.
   """
-  c = schema.typed(config.to_dict())
-  schema.check_values(c)
+  c = keys.typed(config.to_dict(), schema.Config)
+  keys.check_values(c)
   for rule in EARLY:
     rule(c)
   return c
@@ -84,10 +84,10 @@ def loggers_are_known(c: schema.Config) -> None:
 
 def samplers_fit_together(c: schema.Config) -> None:
   """Options of the sampler, in training and in evaluation."""
-  schema.check_names(c.sampler, "sampler.")
-  rollout_sampler(c)
+  keys.check_names(c.sampler, "sampler.")
+  samplers.of_rollouts(c)
   length = c.eval.completion_length or c.sampler.completion_length
-  eval_sampler(c, length, c.eval.temperature)
+  samplers.of_evaluation(c, length, c.eval.temperature)
 
 
 def what_is_scored_was_sampled(c: schema.Config) -> None:
@@ -180,7 +180,7 @@ def resolve_model_path(path: str) -> str:
   """A folder for `model.path`; "embedded:NAME" becomes the package's own."""
   if path.startswith(EMBEDDED):
     name = path.removeprefix(EMBEDDED)
-    schema.one_of("model.path", path, [EMBEDDED + n for n in embedded_names()])
+    keys.one_of("model.path", path, [EMBEDDED + n for n in embedded_names()])
     return str(_CHECKPOINTS / name)
   if not path or "://" in path:
     return path
@@ -196,57 +196,6 @@ def resolve_model_path(path: str) -> str:
       "the Hugging Face layout (of a run: DIR/model)."
     )
   return path
-
-
-def rollout_sampler(c: schema.Config) -> SamplerSettings:
-  """How training rollouts are sampled."""
-  keys = c.sampler
-  steps = keys.steps or keys.completion_length
-  shape = (keys.completion_length, keys.block_length, steps)
-  return _sampler(keys, *shape, c.rollout.temperature, "sampler")
-
-
-def eval_sampler(
-  c: schema.Config, length: int, temperature: float
-) -> SamplerSettings:
-  """How an evaluation at a completion length samples."""
-  keys, own = c.sampler, c.eval
-  block = own.block_length or min(keys.block_length, length)
-  most = keys.steps or keys.completion_length
-  steps = own.steps or max(1, most * length // keys.completion_length)
-  return _sampler(keys, length, block, steps, temperature, "eval")
-
-
-def _sampler(
-  keys: schema.Sampler, length, block, steps, temperature, group
-) -> SamplerSettings:
-  """The sampler's options at a length; errors name the keys of the group."""
-  result = SamplerSettings(
-    completion_length=length,
-    block_length=block,
-    steps=steps,
-    temperature=float(temperature),
-    remasking=keys.remasking,
-    algorithm=keys.algorithm,
-    cfg_scale=keys.cfg_scale,
-    # 1 and 0 keep every token, 0 switches off: no key is ever null.
-    top_p=None if keys.top_p == 1 else keys.top_p,
-    top_k=keys.top_k or None,
-    cache=keys.cache,
-    threshold=keys.threshold or None,
-    factor=keys.factor or None,
-    stop_at_eos=keys.stop_at_eos,
-    order_temperature=keys.order_temperature,
-  )
-  try:
-    validate(result)
-  except ValueError as error:
-    # Evaluation has keys of its own for these.
-    text = str(error)
-    for key in ("completion_length", "block_length", "steps"):
-      text = text.replace(f"sampler.{key}", f"{group}.{key}")
-    raise ValueError(text) from error
-  return result
 
 
 # --- With the tables of the program ------------------------------------------
@@ -268,8 +217,8 @@ def the_task_has_these_names(c: schema.Config) -> None:
   """Prompt style and rewarded parts are the task's."""
   task = _task(c)
   for part in c.task.reward_weights:
-    schema.one_of("part of task.reward_weights", part, task.weights)
-  schema.one_of("task.prompt_style", c.task.prompt_style, task.styles)
+    keys.one_of("part of task.reward_weights", part, task.weights)
+  keys.one_of("task.prompt_style", c.task.prompt_style, task.styles)
 
 
 def the_test_split_chooses_nothing(c: schema.Config) -> None:

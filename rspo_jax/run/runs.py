@@ -28,7 +28,7 @@ from rspo_jax.reporting import metrics, tables, transcripts
 from rspo_jax.run import collapse, data, evaluate, incident, records, rollout
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
-from rspo_jax.storage import mirror
+from rspo_jax.storage import files, mirror
 
 # Nats per token between policy and reference before anything was learnt.
 START_TOLERANCE = 1e-6
@@ -323,9 +323,7 @@ class Run:
     if not self.main_process:
       return
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-      for row in rows:
-        file.write(json.dumps(row) + "\n")
+    files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
   # Steps.
 

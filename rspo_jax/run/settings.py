@@ -13,10 +13,10 @@ import os
 from typing import Any
 
 from rspo_jax.algorithm import likelihood, objectives, scoring, train_step
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 from rspo_jax.devices import sharding, workers
 from rspo_jax.models import lora
-from rspo_jax.run import rules
+from rspo_jax.run import rules, samplers
 from rspo_jax.sampling import settings as sampling
 from rspo_jax.sampling.settings import SamplerSettings
 from rspo_jax.tasks import own
@@ -97,7 +97,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
     ValueError: names the first key that cannot be, its value and a remedy.
   """
   c = rules.check_early(config)
-  schema.check_names(c)
+  keys.check_names(c)
   rules.check_before_cutting(c, planning)
   settings = _cut(c, _shards(c.mesh, devices))
   rules.check_settings(c, settings)
@@ -106,7 +106,7 @@ def build(config, devices: int, planning: bool = False) -> Settings:
 
 def _cut(c: schema.Config, shards: int) -> Settings:
   """The settings of a config whose keys are fine one by one."""
-  sampler = rules.rollout_sampler(c)
+  sampler = samplers.of_rollouts(c)
   length = c.eval.completion_length or c.sampler.completion_length
   masks = _likelihood_settings(c, sampler)
   objective = _derived(
@@ -127,8 +127,8 @@ def _cut(c: schema.Config, shards: int) -> Settings:
     data=c.data,
     rollout=c.rollout,
     sampler=sampler,
-    greedy=rules.eval_sampler(c, length, 0.0),
-    sampled=rules.eval_sampler(c, length, c.eval.temperature),
+    greedy=samplers.of_evaluation(c, length, 0.0),
+    sampled=samplers.of_evaluation(c, length, c.eval.temperature),
     likelihood=masks,
     objective=objective,
     optimizer=_derived(
@@ -326,10 +326,10 @@ def _sampler_changes(text: str) -> dict[str, Any]:
   for part in text.split("+"):
     key, equals, value = part.strip().partition("=")
     if not equals:
-      schema.one_of("the part", key, names)
+      keys.one_of("the part", key, names)
       changes[names[key]] = key
       continue
-    schema.one_of("the number", key, numbers)
+    keys.one_of("the number", key, numbers)
     try:
       changes[key] = numbers[key](value)
     except ValueError as error:
@@ -359,7 +359,9 @@ def _evaluations(c: schema.Config, length: int) -> tuple[Evaluation, ...]:
   for own_length, spec, seed in itertools.product(
     lengths or [length], specs or [""], seeds or [c.run.seed]
   ):
-    pair = [rules.eval_sampler(c, own_length, t) for t in (0.0, e.temperature)]
+    pair = [
+      samplers.of_evaluation(c, own_length, t) for t in (0.0, e.temperature)
+    ]
     if spec:
       try:
         changes = _sampler_changes(spec)

@@ -8,8 +8,8 @@ import numpy as np
 
 from rspo_jax.config import identity
 from rspo_jax.reporting import metrics
-from rspo_jax.run import workdir
 from rspo_jax.run.runs import Run
+from rspo_jax.storage import files
 
 # Below it the gap is the advantage: rspo.md's bound for saying so.
 NEGLIGIBLE_SHARE = 0.01
@@ -35,7 +35,7 @@ def finish(run: Run) -> None:
   if share is not None:
     summary["lambda_share"] = share
   if run.main_process:
-    workdir.write_json(run.workdir / identity.SUMMARY, summary)
+    files.write_json(run.workdir / identity.SUMMARY, summary)
   writer.table(
     _changes(run),
     title=f"{settings.eval.split}, n = {run.last_eval['eval/n']}, "

@@ -1,13 +1,9 @@
 """The folder of a run: who made it, who sees it, which config is in force."""
 
 import contextlib
-import json
 import os
-import pathlib
-import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,24 +13,10 @@ from rspo_jax.devices import sharding
 from rspo_jax.reporting import trackers
 from rspo_jax.run import provenance
 from rspo_jax.run.runs import Run
-from rspo_jax.storage import locks
+from rspo_jax.storage import files
 
 ENVIRONMENT = "environment.json"
 SHARED_FOLDER_S = 60.0  # until a network disk must show what was written
-
-
-def write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-  """Writes a JSON file that is there whole or not at all."""
-  descriptor, name = tempfile.mkstemp(prefix=path.name, dir=path.parent)
-  try:
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-      json.dump(value, file, indent=2, sort_keys=True)
-      file.write("\n")
-    os.chmod(name, 0o644)
-    os.replace(name, path)
-  except BaseException:
-    os.unlink(name)
-    raise
 
 
 @contextlib.contextmanager
@@ -48,7 +30,7 @@ def held(run: Run) -> Iterator[None]:
   if run.main_process:
     run.workdir.mkdir(parents=True, exist_ok=True)
     folder = os.open(run.workdir, os.O_RDONLY)
-    free = locks.take(folder)
+    free = files.lock(folder)
   try:
     if not sharding.gather_rows(np.array([free])).all():
       raise ValueError(
@@ -67,7 +49,7 @@ def prepare(run: Run) -> None:
     brought = run.home.pull()
     run.workdir.mkdir(parents=True, exist_ok=True)
     if identity.read_config(run.workdir) is None:
-      write_json(run.workdir / identity.CONFIG, run.config)
+      files.write_json(run.workdir / identity.CONFIG, run.config)
     if run.home.in_bucket:
       run.writer.say(
         f"Local copies in {run.workdir}; {brought} files came from the bucket."
@@ -134,8 +116,8 @@ def take_config(run: Run) -> None:
       f"From step {run.step} on the run has another config: "
       f"{', '.join(changed)}."
     )
-    write_json(run.workdir / f"config-until-{run.step:06d}.json", before)
+    files.write_json(run.workdir / f"config-until-{run.step:06d}.json", before)
   if before != run.config:
-    write_json(run.workdir / identity.CONFIG, run.config)
-  write_json(run.workdir / ENVIRONMENT, provenance.describe())
+    files.write_json(run.workdir / identity.CONFIG, run.config)
+  files.write_json(run.workdir / ENVIRONMENT, provenance.describe())
   _open_trackers(run)

@@ -24,6 +24,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from rspo_jax.storage import files
+
 BUCKET = "gs://"
 LOCAL_COPIES = pathlib.Path("runs") / "gs"
 # What is written to the bucket itself and never copied.
@@ -120,12 +122,7 @@ class Home:
   def _download(self, name: str) -> None:
     target = self.local / name
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-      partial.write_bytes((self.address / name).read_bytes())
-      partial.replace(target)
-    finally:
-      partial.unlink(missing_ok=True)
+    files.write(target, (self.address / name).read_bytes())
 
   def _upload(self, name: str) -> None:
     (self.address / name).write_bytes((self.local / name).read_bytes())

@@ -1,8 +1,8 @@
 """The benchmarks, by name, and tasks of the user's own."""
 
-import difflib
 import functools
 
+from rspo_jax.config import names
 from rspo_jax.tasks import base, countdown, gsm8k, gym, math500, own, sudoku
 
 TASKS: dict[str, base.Task] = {
@@ -31,11 +31,9 @@ def find(name: str, settings: own.RewardSettings | None = None) -> base.Task:
   elif name in TASKS:
     task = TASKS[name]
   else:
-    near = difflib.get_close_matches(name, TASKS, 1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-      f"task.name={name!r} is not known; {hint}choose from"
-      f" {', '.join(sorted(TASKS))}, {gym.PREFIX}NAME for a generator of"
+      f"task.name={name!r} is not known; "
+      f"{names.did_you_mean(name, TASKS)}choose from {', '.join(sorted(TASKS))}, {gym.PREFIX}NAME for a generator of"
       " reasoning-gym, or module:function for a reward of your own."
     )
   return own.with_extra(task, settings) if settings.extra else task

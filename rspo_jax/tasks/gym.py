@@ -16,18 +16,18 @@ The package runs in worker processes (`generators`): pip install -r
 requirements-gym.txt.
 """
 
-import difflib
+import contextlib
 import functools
 import json
-import os
 import pathlib
 import re
 import zlib
 from collections.abc import Mapping, Sequence
 
-from rspo_jax.config import schema
+from rspo_jax.config import names, schema
 from rspo_jax.datasets import files
 from rspo_jax.devices import workers
+from rspo_jax.storage import files as storage_files
 from rspo_jax.tasks import answers, base, own
 
 PREFIX = "reasoning_gym:"
@@ -91,7 +91,7 @@ def _check(pool: workers.Workers, name: str, options: str) -> None:
   if found.reason:
     raise ValueError(f"task.name={PREFIX}{name}: {found.reason}; {_REMEDY}")
   if name not in found.value:
-    near = difflib.get_close_matches(name, found.value, 3)
+    near = names.nearest(name, found.value)
     hint = f"did you mean {' or '.join(near)}?" if near else "choose from "
     more = "" if near else ", ".join(found.value)
     raise ValueError(
@@ -150,14 +150,10 @@ def _entries(name, options, seed, size, data_dir, count) -> list[list]:
 
 def _keep(path: pathlib.Path, made: list[list]) -> None:
   """Writes entries for the next start, or leaves it where the disk refuses."""
-  part = path.with_suffix(f".{os.getpid()}.part")
-  try:
+  with contextlib.suppress(OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "w", encoding="utf-8") as file:
-      file.writelines(json.dumps({"entry": entry}) + "\n" for entry in made)
-    part.replace(path)
-  except OSError:
-    part.unlink(missing_ok=True)
+    lines = (json.dumps({"entry": entry}) + "\n" for entry in made)
+    storage_files.write(path, "".join(lines))
 
 
 def _shared_head(texts: Sequence[str]) -> str:

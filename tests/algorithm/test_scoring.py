@@ -57,6 +57,17 @@ def test_the_reference_is_scored_once_however():
       assert outside + plan.inside == plan.uses_reference
 
 
+def test_calls_outside_the_updates_make_all_the_forwards_there():
+  for case in CASES:
+    plan = planned(*case.values)
+    forwards = plan.updates * (plan.ratio == "sampler")
+    for update in range(plan.updates):
+      needed = plan.before(update)
+      forwards += needed.reference + needed.policy + plan.policy_again(update)
+    each = 2 if plan.before(0).together else 1
+    assert plan.calls == -(-forwards // each)
+
+
 def test_a_ratio_is_to_what_has_changed_since_the_rollout():
   assert planned("espo", 1, GROUP, False, False, False).ratio == ""
   assert planned("espo", 3, GROUP, False, False, False).ratio == "updates"

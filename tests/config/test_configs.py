@@ -10,7 +10,7 @@ import pytest
 
 import rspo_jax
 from configs import base
-from rspo_jax.config import identity, load, schema
+from rspo_jax.config import identity, keys, load, schema
 from rspo_jax.models import lora
 from rspo_jax.run import settings
 from rspo_jax.tasks import TASKS
@@ -169,7 +169,7 @@ def test_no_key_is_read_that_does_not_exist():
 
 def test_every_key_has_a_meaning_and_every_number_a_range():
   unbounded = {"mesh.data", "mesh.fsdp", "mesh.tensor"}  # -1 is a value
-  for name, field, value in schema.walk():
+  for name, field, value in keys.walk(schema.Config()):
     rules = field.metadata
     assert rules["meaning"], name
     bounded = rules["at_least"] is not None or rules["above"] is not None
@@ -180,11 +180,11 @@ def test_every_key_has_a_meaning_and_every_number_a_range():
 
 
 def test_typed_and_plain_are_inverse():
-  values = schema.plain()
+  values = keys.plain(schema.Config())
   values["task"]["reward_weights"] = {"correct": 0.5}
   values["objective"]["spg"]["bound_mix"] = 0.25
-  assert schema.plain(schema.typed(values)) == values
-  assert base.get_config().to_dict() == schema.plain()
+  assert keys.plain(keys.typed(values, schema.Config)) == values
+  assert base.get_config().to_dict() == keys.plain(schema.Config())
 
 
 @pytest.mark.parametrize(
@@ -201,14 +201,14 @@ def test_typed_and_plain_are_inverse():
   ],
 )
 def test_a_value_out_of_its_range_is_refused_by_name(key, value, said):
-  values = schema.plain()
+  values = keys.plain(schema.Config())
   *groups, name = key.split(".")
   group = values
   for part in groups:
     group = group[part]
   group[name] = value
   with pytest.raises(ValueError, match=said):
-    schema.check_values(schema.typed(values))
+    keys.check_values(keys.typed(values, schema.Config))
 
 
 # Embedded checkpoints.
@@ -282,10 +282,10 @@ def test_large_models_are_adapted_and_with_full_trained_whole(name, model):
 def test_runs_of_the_study_cost_the_same(name):
   from configs import study, study_countdown
   from rspo_jax.algorithm import objectives
-  from rspo_jax.tools import sweep
+  from rspo_jax.tools.sweep import entries as sweep_entries
 
   runs = {"study": study.SUDOKU, "study_countdown": study_countdown.COUNTDOWN}
-  entries = sweep.load_entries(str(ROOT / "configs" / f"{name}.py"))
+  entries = sweep_entries.load_entries(str(ROOT / "configs" / f"{name}.py"))
   tuned, seeds = {}, set()
   for entry in entries:
     config = runs[name].config(entry.arg)

@@ -17,7 +17,7 @@ import tiny_runs
 from rspo_jax.devices import sharding
 from rspo_jax.models import attention
 from rspo_jax.models.attention import Visibility, by_kv_head
-from rspo_jax.planning import flops, planner
+from rspo_jax.planning import compiler, flops
 from rspo_jax.planning.chips import parse
 from rspo_jax.run import program
 
@@ -204,7 +204,9 @@ def test_a_kernel_counts_the_flops_of_its_whole_grid():
   reason="the TPU compiler is not installed: pip install libtpu",
 )
 def test_the_tpu_compiler_takes_it_and_holds_no_scores():
-  mesh = sharding.make_mesh(1, 2, 2, planner.topology_devices(parse("v5e:2x2")))
+  mesh = sharding.make_mesh(
+    1, 2, 2, compiler.topology_devices(parse("v5e:2x2"))
+  )
   where = jax.sharding.NamedSharding(
     mesh,
     sharding.spec(mesh, (16, 1024, 32, 128), ("batch", None, "heads", None)),

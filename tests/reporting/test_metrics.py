@@ -8,18 +8,17 @@ import os
 import pathlib
 import pty
 import re
-import resource
-import signal
 import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
+import tiny_runs
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rspo_jax.reporting import metrics
+from rspo_jax.reporting import terminal
 from rspo_jax.reporting.metrics import (
   MetricsError,
   MetricsWriter,
@@ -125,44 +124,31 @@ def test_an_inactive_writer_leaves_no_trace_but_still_checks(tmp_path, capfd):
 
 
 def test_after_truncation_every_step_is_there_once(tmp_path):
-  with plain(tmp_path) as writer:
-    for step in range(8):
-      writer.write(step, {"loss": step / 3})
-  whole = (tmp_path / "metrics.jsonl").read_bytes()
-  with plain(tmp_path) as writer:
-    assert writer.truncate_to(4) == []
-    for step in range(5, 8):
-      writer.write(step, {"loss": step / 3})
-  assert (tmp_path / "metrics.jsonl").read_bytes() == whole
-  assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-def test_truncation_in_mid_run_and_to_nothing(tmp_path):
+  path = tmp_path / "metrics.jsonl"
   with plain(tmp_path) as writer:
     assert writer.truncate_to(-1) == []
-    for step in range(4):
-      writer.write(step, {"loss": 0.0})
-    writer.truncate_to(1)
-    writer.write(2, {"loss": 1.0})
-    assert steps_of(tmp_path) == [0, 1, 2]
-    writer.truncate_to(-1)
-    writer.write(0, {"loss": 2.0})
-  assert steps_of(tmp_path) == [0]
+    for step in range(8):
+      writer.write(step, {"loss": step / 3})
+  whole = path.read_bytes()
+  with plain(tmp_path) as writer:
+    for last in (4, 2, -1):  # in mid-run, too, and to nothing
+      assert writer.truncate_to(last) == []
+      for step in range(last + 1, 8):
+        writer.write(step, {"loss": step / 3})
+      assert path.read_bytes() == whole
+  assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_a_half_written_last_line_goes_and_does_not_spoil_the_next(tmp_path):
   path = tmp_path / "metrics.jsonl"
-  path.write_bytes(b'{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
-  with plain(tmp_path) as writer:
-    (message,) = writer.truncate_to(0)
-    assert "line 2" in message
-    writer.write(1, {"loss": 2.0})
-  assert steps_of(tmp_path) == [0, 1]
-  # Also where nobody truncates.
-  path.write_bytes(b'{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
-  with plain(tmp_path) as writer:
-    writer.write(1, {"loss": 2.0})
-  assert steps_of(tmp_path) == [0, 1]
+  for truncates in (True, False):
+    path.write_bytes(b'{"step": 0, "loss": 1.0}\n{"step": 1, "lo')
+    with plain(tmp_path) as writer:
+      if truncates:
+        (message,) = writer.truncate_to(0)
+        assert "line 2" in message
+      writer.write(1, {"loss": 2.0})
+    assert steps_of(tmp_path) == [0, 1]
 
 
 @settings(
@@ -215,17 +201,13 @@ def test_a_truncation_that_fails_leaves_the_file_as_it_was(
 def test_a_full_disk_leaves_whole_rows_and_the_step_can_be_retried(tmp_path):
   with plain(tmp_path) as writer:
     writer.write(0, {"loss": 1.0})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     # Room for a part of the next row.
     size = (tmp_path / "metrics.jsonl").stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
-    try:
-      with pytest.raises(MetricsError, match="Make room"):
-        writer.write(1, {"loss": 2.0})
-    finally:
-      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-      signal.signal(signal.SIGXFSZ, old)
+    with (
+      tiny_runs.full_disk(size + 10),
+      pytest.raises(MetricsError, match="Make room"),
+    ):
+      writer.write(1, {"loss": 2.0})
     assert steps_of(tmp_path) == [0]
     writer.write(1, {"loss": 2.0})
   assert steps_of(tmp_path) == [0, 1]
@@ -304,7 +286,7 @@ def test_tensorboard_gets_the_finite_values_and_forgets_steps_past_resume(
 def test_plain_lines_come_first_now_and_then_and_last(tmp_path, monkeypatch):
   stream = io.StringIO()
   clock = [100.0]
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
   with plain(tmp_path, 40, stream=stream) as writer:
     for step in range(41):
       clock[0] += 1.0
@@ -340,7 +322,7 @@ def test_a_run_that_stops_early_shows_its_last_step(tmp_path):
 def test_time_in_phases_does_not_count_as_the_steps(tmp_path, monkeypatch):
   stream = io.StringIO()
   clock = [0.0]
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(terminal.time, "monotonic", lambda: clock[0])
   with plain(tmp_path, 100, stream=stream) as writer:
     for step in range(3):
       with writer.phase("evaluating"), writer.phase("compiling"):

@@ -50,7 +50,7 @@ def test_operations_of_a_kind_are_one_row():
 _TRACE = """
 import pathlib, sys
 import jax, jax.numpy as jnp
-from rspo_jax import profiler
+from rspo_jax.reporting import profiler
 
 @jax.jit
 def grow(x):
@@ -100,8 +100,8 @@ def test_where_libtpu_is_loaded_without_a_tpu_the_run_goes_on(tmp_path):
   pytest.importorskip("libtpu")
   _in_new_process(
     """
-from rspo_jax import chips, planner
-planner.topology_devices(chips.parse("v5e:2x2"))
+from rspo_jax.planning import chips, compiler
+compiler.topology_devices(chips.parse("v5e:2x2"))
 """
     + _TRACE
     + """

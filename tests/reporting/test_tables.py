@@ -7,6 +7,7 @@ import pytest
 from rspo_jax.reporting import tables
 from rspo_jax.sampling.settings import SamplerSettings
 from rspo_jax.tasks import TASKS
+from rspo_jax.tools import scores
 
 
 def evaluation(**changes):
@@ -64,7 +65,7 @@ def test_evaluations_are_read_from_folders_in_order(tmp_path, capsys):
   folders = [str(tmp_path / name) for name in "abc"]
   rows = tables.read([*folders[:2], tmp_path / "c" / "eval"])
   assert [row["completion_length"] for row in rows] == [128, 256, 512]
-  assert tables.main(folders) == 0
+  assert scores.main(folders) == 0
   assert capsys.readouterr().out.count("\n") == 5
 
 
@@ -80,7 +81,7 @@ def test_evaluations_are_read_from_folders_in_order(tmp_path, capsys):
 def test_folders_without_evaluations_are_named(tmp_path, capsys, content, said):
   if content is not None:
     (tmp_path / "a.json").write_text(content)
-  assert tables.main([str(tmp_path)]) == 2
+  assert scores.main([str(tmp_path)]) == 2
   captured = capsys.readouterr()
   assert captured.out == "" and said in captured.err
   assert str(tmp_path) in captured.err
@@ -91,7 +92,7 @@ def test_a_run_that_was_not_evaluated_is_no_evaluation(tmp_path, capsys):
   folder.mkdir()
   (folder / "config.json").write_text("{}")
   (folder / "metrics.jsonl").write_text("{}\n")
-  assert tables.main([str(folder)]) == 2
+  assert scores.main([str(folder)]) == 2
   said = capsys.readouterr().err
   assert "holds no evaluation" in said and "remove" not in said
   assert f"--mode=eval '--workdir={folder}'" in said

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from rspo_jax.algorithm import likelihood
-from rspo_jax.tools import diagnose
+from rspo_jax.tools.diagnose import diagnose, measure
 
 
 def test_all_masks_average_to_the_count_uniform_elbo():
   rng = np.random.default_rng(0)
   table = rng.normal(-2, 1, (16, 4))  # log-probs by hidden set and position
   scored = np.arange(4) < np.array([[4], [3], [1]])
-  masks = diagnose.all_masks(scored, 2, "completion")
+  masks = measure.all_masks(scored, 2, "completion")
   assert masks.corrupt.shape == (3, 15, 1, 6)
   assert not masks.corrupt[..., :2].any()
   for i, length in enumerate((4, 3, 1)):
@@ -38,7 +38,7 @@ def test_bias_variance_and_error_are_those_of_the_definition():
   exact, shared = rng.normal(0, 1, 5), rng.normal(0, 1, (4000, 5))
   own = rng.normal(0, 0.5, (4000, 5))
   policy = 0.3 + exact + shared + own  # bias 0.3, noise of variance 0.25
-  found = diagnose.measure(policy, shared, exact)
+  found = measure.measure(policy, shared, exact)
   assert found["bias"] == pytest.approx(0.3, abs=0.02)
   assert found["variance"] == pytest.approx(0.25, rel=0.05)
   assert found["mse"] == pytest.approx(0.34, rel=0.05)
@@ -50,33 +50,35 @@ def test_bias_variance_and_error_are_those_of_the_definition():
 def test_the_interval_of_a_ratio_covers_it():
   rng = np.random.default_rng(2)
   other = rng.gamma(2.0, 1.0, 400)
-  ratio, low, high = diagnose.ratio_interval(0.7 * other, other)
+  ratio, low, high = measure.ratio_interval(0.7 * other, other)
   assert ratio == pytest.approx(0.7) and low == pytest.approx(0.7)
   noisy = 0.7 * rng.gamma(2.0, 1.0, 400)
-  ratio, low, high = diagnose.ratio_interval(noisy, other)
+  ratio, low, high = measure.ratio_interval(noisy, other)
   assert low < 0.7 < high and high - low < 0.2
+
+
+def words_of(tiny):
+  """The command line of a diagnosis of the tiny checkpoint."""
+  return [w for w in tiny("unused")[1:] if not w.startswith("--workdir")]
 
 
 @pytest.mark.parametrize(
   ("word", "message"),
   [
-    ("--steps=no", "--steps=no must be a whole number"),
     ("--forwards=2,0", "--forwards=0 must"),
-    ("--out=", "--out needs a value"),
     ("--schemes=pairs", "--schemes='pairs' is not known"),
   ],
 )
 def test_words_that_mean_nothing_are_refused(word, message):
   with pytest.raises(ValueError, match=message):
-    diagnose.parse(["diagnose", "--config=c", word])
+    diagnose.PARSER.read(["--config=c", word])
 
 
 def test_an_adapter_is_refused_before_anything_is_trained(
   tiny, tmp_path, capsys
 ):
-  words = [w for w in tiny("unused") if not w.startswith("--workdir")]
-  words += [f"--out={tmp_path / 'out'}", "--config.lora.rank=4", "--steps=1"]
-  assert diagnose.run(words) == 2
+  more = [f"--out={tmp_path / 'out'}", "--config.lora.rank=4", "--steps=1"]
+  assert diagnose.main(words_of(tiny) + more) == 2
   assert "lora.rank=4" in capsys.readouterr().err
   assert not (tmp_path / "out").exists()
 
@@ -86,9 +88,8 @@ def test_a_link_that_leads_nowhere_is_refused_as_a_folder(
 ):
   link = tmp_path / "link"
   link.symlink_to(tmp_path / "gone")
-  words = [w for w in tiny("unused") if not w.startswith("--workdir")]
-  words += [f"--out={link}", "--sequences=4"]
-  assert diagnose.run(words) == 2
+  words = [*words_of(tiny), f"--out={link}", "--sequences=4"]
+  assert diagnose.main(words) == 2
   said = capsys.readouterr().err
   assert f"{link} is a symbolic link" in said and "remove the link" in said
 
@@ -97,12 +98,12 @@ def test_a_link_that_leads_nowhere_is_refused_as_a_folder(
 def test_the_command_writes_numbers_and_says_what_is_wrong(
   tiny, tmp_path, quick_runs, capsys, monkeypatch
 ):
-  monkeypatch.setattr(diagnose, "LONG_PAIRS", 32)
+  monkeypatch.setattr(measure, "LONG_PAIRS", 32)
   folder = tmp_path / "out"
-  words = [w for w in tiny("unused") if not w.startswith("--workdir")]
+  words = words_of(tiny)
   words += [f"--out={folder}", f"--policy={tiny.checkpoint}", "--forwards=2"]
   words += ["--sequences=4", "--repeats=3", "--schemes=complementary"]
-  assert diagnose.run(words) == 0
+  assert diagnose.main(words) == 0
   result = json.loads((folder / "diagnose.json").read_text())
   assert {row["scheme"] for row in result["rows"]} == {
     "uniform",
@@ -114,7 +115,7 @@ def test_the_command_writes_numbers_and_says_what_is_wrong(
     assert row["noise_correlation"] == pytest.approx(1)
   assert result["relative_std"] == pytest.approx(0, abs=1e-6)
   assert "complementary" in capsys.readouterr().out
-  assert diagnose.run([*words, "--sequences=9999"]) == 2
+  assert diagnose.main([*words, "--sequences=9999"]) == 2
   assert "--sequences=9999 is more" in capsys.readouterr().err
 
 
@@ -125,14 +126,14 @@ def test_every_scheme_finds_its_number_of_canvases():
     sampler=SamplerSettings(8, 4, 4),
     likelihood=likelihood.LikelihoodSettings(),
   )
-  two = diagnose.schemes_at(2, settings, likelihood.ESTIMATORS)
+  two = measure.schemes_at(2, settings, likelihood.ESTIMATORS)
   assert "simpson" not in two and two["trace"].shrink == 2
-  assert "complementary" not in diagnose.schemes_at(
+  assert "complementary" not in measure.schemes_at(
     3, settings, likelihood.ESTIMATORS
   )
   # A threshold may take as many steps as there are positions.
   settings.sampler = SamplerSettings(8, 4, 4, threshold=0.9)
-  two = diagnose.schemes_at(2, settings, likelihood.ESTIMATORS)
+  two = measure.schemes_at(2, settings, likelihood.ESTIMATORS)
   assert two["trace"].shrink == 4
 
 
@@ -144,7 +145,7 @@ def test_every_measurement_keeps_the_runs_own_likelihood_settings():
   )
   seen = []
 
-  class Bench(diagnose.Bench):
+  class Bench(measure.Bench):
     """Remembers what it is asked to draw with."""
 
     def __init__(self):
@@ -170,7 +171,7 @@ def test_every_measurement_keeps_the_runs_own_likelihood_settings():
       self.scorer(settings)
       return {}
 
-  diagnose.diagnose(Bench(), [2, 4], 3)
+  measure.diagnose(Bench(), [2, 4], 3)
   assert {one.scheme for one in seen} > {"uniform", "mean_field", "trace"}
   for one in seen:
     kept = {"scheme": own.scheme, "masks": own.masks, "shrink": own.shrink}
@@ -183,7 +184,7 @@ def test_all_masks_show_a_masked_tail_as_drawn_ones_do():
     scheme="uniform", masks=512, scope="masked_tail"
   )
   drawn = likelihood.draw_masks(jax.random.key(0), settings, scored, 2)
-  every = diagnose.all_masks(scored, 2, "masked_tail")
+  every = measure.all_masks(scored, 2, "masked_tail")
   for i in range(3):
     hidden = np.asarray(drawn.corrupt[i]).reshape(-1, 6)
     counted = every.weight[i].reshape(15, -1).any(-1)

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from rspo_jax.tools.report import report, statistics
+from rspo_jax.tools.report import payload, report, statistics
 from rspo_jax.tools.report import runs as report_runs
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -30,7 +30,6 @@ def write_run(
   finished=True,
   calibration=True,
   samples=True,
-  extra=None,
 ):
   """Writes a folder as a run leaves it, with made-up but plausible figures."""
   rng = np.random.default_rng([seed, int(1000 * lambda_), len(name)])
@@ -57,30 +56,36 @@ def write_run(
     rate = float(right.mean())
     half = 1.96 * math.sqrt(rate * (1 - rate) / PROMPTS) + 0.01
     for kind in ("greedy", "sampled") if samples else ():
-      path = folder / "samples" / f"eval-{step:06d}-{kind}.jsonl"
-      with path.open("w") as file:
-        for i in range(PROMPTS):
-          text = f"({i}+3)*2" if right[i] else f"{i}*<b>3</script>"
-          row = {
+      rows = []
+      for i in range(PROMPTS):
+        text = f"({i}+3)*2" if right[i] else f"{i}*<b>3</script>"
+        verdict = {
+          "parts": {"correct": float(right[i]), "numbers": 0.9},
+          "reason": "reaches the target" if right[i] else "misses it",
+        }
+        rows.append(
+          {
             "prompt": f"{i},2,3={2 * i + 6}",
             "index": i,
             "completion": text,
             "reward": 1.0 if right[i] else 0.1,
             "correct": bool(right[i]),
-            "parts": {"correct": float(right[i]), "numbers": 0.9},
-            "reason": "reaches the target" if right[i] else "misses it",
+            "verdict": verdict,
             "pieces": list(text),
             "commit_step": [int(s) for s in rng.permutation(len(text))],
           }
-          file.write(json.dumps(row) + "\n")
-    return {
-      "eval/accuracy": rate,
-      "eval/accuracy_sampled": rate,
-      "eval/n": PROMPTS,
-      "eval/ci_low": max(0.0, rate - half),
-      "eval/ci_high": min(1.0, rate + half),
-      "eval/ci_low_sampled": max(0.0, rate - half),
-      "eval/ci_high_sampled": min(1.0, rate + half),
+        )
+      name = f"eval-{step:06d}-{kind}.jsonl"
+      write_lines(folder / "samples" / name, rows)
+    values = {
+      "accuracy": rate,
+      "ci_low": max(0.0, rate - half),
+      "ci_high": min(1.0, rate + half),
+    }
+    return {"eval/n": PROMPTS} | {
+      f"eval/{key}{end}": value
+      for key, value in values.items()
+      for end in ("", "_sampled")
     }
 
   rows = [{"step": 0} | evaluation(0, before)]
@@ -96,6 +101,7 @@ def write_run(
       "rollout/denoiser_calls": 8,
       "rollout/length_mean": 6.0 + way,
       "score/relative_std": 0.1 * way,
+      "compute/cumulative": 512.0 * step,
       "score/mask_variance": 0.02 + 0.05 * way,
       "gap/lambda_share": lambda_ * 0.1 * way,
       "gap/std": 1.0,
@@ -107,7 +113,7 @@ def write_run(
       "time/update_s": 0.3,
       "time/step_s": 20.0 if step == 1 else 1.0,
     }
-    rows.append(row | (extra or {}))
+    rows.append(row)
   if finished:
     rows[-1] |= evaluation(steps, after)
     (folder / "summary.json").write_text("{}")
@@ -116,16 +122,9 @@ def write_run(
     for step in (1, steps // 2, steps):
       estimate = 0.4 * step / steps * target + rng.normal(0, 0.05, 96)
       path = folder / "samples" / f"calibration-{step:06d}.jsonl"
-      path.write_text(
-        "".join(
-          json.dumps({"advantage": t * lambda_, "target": t, "estimate": e})
-          + "\n"
-          for t, e in zip(target, estimate, strict=True)
-        )
-      )
-  with (folder / "metrics.jsonl").open("w") as file:
-    for row in rows:
-      file.write(json.dumps(row) + "\n")
+      pairs = zip(target, estimate, strict=True)
+      write_lines(path, [{"target": t, "estimate": e} for t, e in pairs])
+  write_lines(folder / "metrics.jsonl", rows)
   return folder
 
 
@@ -140,17 +139,24 @@ def write_sweep(folder, seeds=3, **kwargs):
   }.items():
     for seed in range(seeds):
       write_run(folder / f"{entry}-seed{seed}", seed=seed, **values, **kwargs)
-      runs[f"{entry}-seed{seed}"] = {
-        "entry": entry,
-        "workdir": f"{entry}-seed{seed}",
-      }
+      name = f"{entry}-seed{seed}"
+      runs[name] = {"entry": entry, "workdir": name}
   (folder / "sweep.json").write_text(json.dumps({"config": "", "runs": runs}))
   return folder
 
 
+def read_lines(path):
+  """The objects of a JSON-lines file."""
+  return [json.loads(line) for line in path.open()]
+
+
+def write_lines(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def payload_of(*folders):
   groups, notes = report.build([pathlib.Path(folder) for folder in folders])
-  return report.payload(groups, notes)
+  return payload.payload(groups, notes)
 
 
 def call(capsys, *words):
@@ -270,11 +276,8 @@ def test_before_after_and_gain_are_means_of_the_verdicts(tmp_path):
   (group,) = payload_of(tmp_path)["groups"]
   rates = []
   for name in ("eval-000000-greedy", "eval-000040-greedy"):
-    rows = [
-      json.loads(line)
-      for seed in range(3)
-      for line in (tmp_path / f"run-seed{seed}/samples/{name}.jsonl").open()
-    ]
+    files = tmp_path.glob(f"run-seed*/samples/{name}.jsonl")
+    rows = [row for path in files for row in read_lines(path)]
     rates.append(np.mean([row["correct"] for row in rows]))
   cell = group["summary"]["greedy"]
   assert cell["n"] == PROMPTS
@@ -290,9 +293,7 @@ def test_before_after_and_gain_are_means_of_the_verdicts(tmp_path):
 def test_without_completions_the_logged_intervals_serve(tmp_path):
   write_run(tmp_path / "alone", samples=False)
   (group,) = payload_of(tmp_path)["groups"]
-  rows = [
-    json.loads(line) for line in (tmp_path / "alone/metrics.jsonl").open()
-  ]
+  rows = read_lines(tmp_path / "alone/metrics.jsonl")
   value, low, high = group["summary"]["greedy"]["after"]
   assert value == pytest.approx(rows[-1]["eval/accuracy"], rel=1e-4)
   assert low == pytest.approx(rows[-1]["eval/ci_low"], rel=1e-4)
@@ -321,21 +322,13 @@ def test_runs_that_differ_in_the_seed_alone_are_a_group(tmp_path):
   write_sweep(tmp_path, seeds=2, steps=4)
   groups = payload_of(tmp_path)["groups"]
   # In the order of the sweep, under its names.
-  assert [group["name"] for group in groups] == [
-    "rspo",
-    "lambda_0",
-    "paper_literal",
-    "rft",
-  ]
+  names = [group["name"] for group in groups]
+  assert names == ["rspo", "lambda_0", "paper_literal", "rft"]
   assert all([r["seed"] for r in g["runs"]] == [0, 1] for g in groups)
   (tmp_path / "sweep.json").unlink()
   groups = payload_of(tmp_path)["groups"]
-  assert {group["name"] for group in groups} == {
-    "lambda=0.0",
-    "lambda=0.01",
-    "name=rft",
-    "rspo",
-  }
+  names = {group["name"] for group in groups}
+  assert names == {"lambda=0.0", "lambda=0.01", "name=rft", "rspo"}
 
 
 def test_the_page_names_the_runs_that_a_sweep_lost(tmp_path):
@@ -356,9 +349,9 @@ def test_the_page_names_the_runs_that_a_sweep_lost(tmp_path):
 def test_several_samples_of_a_prompt_count_with_their_mean(tmp_path):
   folder = write_run(tmp_path / "run")
   path = folder / "samples" / "eval-000040-sampled.jsonl"
-  rows = [json.loads(line) for line in path.open()]
+  rows = read_lines(path)
   more = [row | {"correct": not row["correct"]} for row in rows[:10]]
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows + more))
+  write_lines(path, rows + more)
   (group,) = payload_of(folder)["groups"]
   cell = group["summary"]["sampled"]
   expected = np.mean([0.5] * 10 + [row["correct"] for row in rows[10:]])
@@ -366,18 +359,16 @@ def test_several_samples_of_a_prompt_count_with_their_mean(tmp_path):
   assert cell["after"][0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_copy_of_a_run_is_no_second_seed(tmp_path):
-  shutil.copytree(write_run(tmp_path / "a"), tmp_path / "b")
+def test_a_run_counts_once_by_whatever_path_or_copy(tmp_path):
+  write_run(tmp_path / "runs" / "a")
+  data = payload_of(tmp_path / "runs", tmp_path / "runs" / "a")
+  assert len(data["groups"][0]["runs"]) == 1 and not data["notes"]
+  shutil.copytree(tmp_path / "runs" / "a", tmp_path / "runs" / "b")
   data = payload_of(tmp_path)
   assert len(data["groups"][0]["runs"]) == 1
   (note,) = data["notes"]
-  assert str(tmp_path / "b") in note and "same config and seed" in note
-
-
-def test_a_folder_named_twice_counts_once(tmp_path):
-  write_run(tmp_path / "runs" / "a")
-  data = payload_of(tmp_path / "runs", tmp_path / "runs" / "a")
-  assert len(data["groups"][0]["runs"]) == 1
+  assert str(tmp_path / "runs" / "b") in note
+  assert "same config and seed" in note
 
 
 def test_thinned_columns_are_means_over_bins_that_agree_between_seeds():
@@ -387,38 +378,15 @@ def test_thinned_columns_are_means_over_bins_that_agree_between_seeds():
   ]
   rows[7]["loss"] = None  # was not finite
   rows[3]["reward/mean"] = 0.5
-  found = report.columns(rows, 10)
+  found = payload.columns(rows, 10)
   assert found["step"] == [10, 20, 23]
   squares = np.arange(24.0) ** 2
-  assert found["loss"] == pytest.approx(
-    [
-      np.delete(squares[1:11], 6).mean(),
-      squares[11:21].mean(),
-      squares[21:].mean(),
-    ],
-    rel=1e-4,
-  )
+  bins = (np.delete(squares[1:11], 6), squares[11:21], squares[21:])
+  means = [values.mean() for values in bins]
+  assert found["loss"] == pytest.approx(means, rel=1e-4)
   assert found["x/seconds"] == [20, 40, 46]
   assert found["reward/mean"] == [0.5, None, None]
-  assert report.columns(rows, 1)["step"] == list(range(1, 24))
-
-
-def test_forwards_count_rollout_scores_and_three_per_mask_of_an_update(
-  tmp_path,
-):
-  def forwards(**kwargs):
-    folder = tmp_path / str(len(list(tmp_path.iterdir())))
-    run = report_runs.read_run(write_run(folder, steps=5, **kwargs))
-    return report_runs.with_compute(run)[-1]["x/forwards"]
-
-  # 32 sequences: 8 forwards of the sampler; K = 2 by the reference and, three
-  # times, by the update; 5 steps.
-  assert forwards() == 32 * (8 + 2 * (1 + 3)) * 5
-  # Half the groups dropped: they are sampled, not scored.
-  half = {"update/kept_share": 0.5}
-  assert forwards(extra=half) == 32 * (8 + 0.5 * 2 * (1 + 3)) * 5
-  # What the run counted itself goes before.
-  assert forwards(extra={"compute/cumulative": 35.0}) == 35
+  assert payload.columns(rows, 1)["step"] == list(range(1, 24))
 
 
 def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
@@ -429,7 +397,7 @@ def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
     "".join(json.dumps({"target": x, "estimate": y}) + "\n" for x, y in points)
     + '{"target": 1}\nnot json\n'
   )
-  found = report.scatter(report_runs.read_run(folder))
+  found = payload.scatter(report_runs.read_run(folder))
   assert [entry["step"] for entry in found] == [1, 20, 40]
   slope, intercept = np.polyfit(*points.T, 1)
   assert found[-1]["slope"] == pytest.approx(slope, rel=1e-4)
@@ -441,9 +409,19 @@ def test_the_regression_of_a_calibration_file_is_numpys(tmp_path):
   assert 200 <= len(found[-1]["points"]) <= 400
 
 
+def test_compute_is_what_the_run_counted_and_lasts_between_steps(tmp_path):
+  folder = write_run(tmp_path / "run", steps=3)
+  with (folder / "metrics.jsonl").open("a") as file:
+    file.write('{"step": 4, "eval/accuracy": 0.5}\n')
+  rows = report_runs.with_compute(report_runs.read_run(folder))
+  counted = [row["x/forwards"] for row in rows]
+  assert counted == [0, 512, 1024, 1536, 1536]
+  assert [row["x/seconds"] for row in rows] == [0, 20, 21, 22, 22]
+
+
 def test_time_is_split_without_the_step_that_compiles(tmp_path):
   run = report_runs.read_run(write_run(tmp_path / "run"))
-  assert report.phases(run) == {
+  assert payload.phases(run) == {
     "rollout": 0.5,
     "reward": 0.01,
     "score": 0.1,
@@ -456,16 +434,12 @@ def test_time_is_split_without_the_step_that_compiles(tmp_path):
 def test_pairs_show_changed_verdicts_first_and_cut_long_texts(tmp_path):
   folder = write_run(tmp_path / "run")
   path = folder / "samples" / "eval-000040-greedy.jsonl"
-  rows = [json.loads(line) for line in path.open()]
-  for row in rows:
-    row["completion"] += "x" * 5000
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-  found = report.pairs(report_runs.read_run(folder), 5)["greedy"]
+  rows = read_lines(path)
+  long = [row | {"completion": row["completion"] + "x" * 5000} for row in rows]
+  write_lines(path, long)
+  found = payload.pairs(report_runs.read_run(folder), 5)["greedy"]
   assert len(found) == 5
-  assert (found[0]["before"]["correct"], found[0]["after"]["correct"]) == (
-    False,
-    True,
-  )
+  assert not found[0]["before"]["correct"] and found[0]["after"]["correct"]
   assert len(found[0]["after"]["text"]) < 900
   assert "more characters" in found[0]["after"]["text"]
 
@@ -476,12 +450,11 @@ def test_pairs_show_changed_verdicts_first_and_cut_long_texts(tmp_path):
 def test_twelve_long_runs_take_seconds_and_stay_small(tmp_path, capsys):
   write_sweep(tmp_path / "runs", steps=1500)
   start = time.process_time()  # other processes are not our cost
-  code, said, _ = call(
-    capsys, tmp_path / "runs", f"--out={tmp_path / 'report.html'}"
-  )
+  out = tmp_path / "report.html"
+  code, said, _ = call(capsys, tmp_path / "runs", f"--out={out}")
   assert code == 0
   assert time.process_time() - start < 10
-  assert (tmp_path / "report.html").stat().st_size < 3e6
+  assert out.stat().st_size < 3e6
   assert "12 runs in 4 groups" in said
 
 
@@ -550,12 +523,11 @@ def test_a_damaged_run_is_left_out_and_named(tmp_path, capsys):
 @pytest.mark.parametrize(
   ("words", "message"),
   [
-    ([], "no folder is given"),
+    ([], "DIR is missing; try runs."),
     (["nowhere"], "is not a folder"),
     (["nothing"], "holds no run"),
     (["run", "--out=nothing"], "is a folder"),
     (["run", "--out=nowhere/report.html"], "cannot be written"),
-    (["run", "--uot=x"], "did you mean --out?"),
     (["broken"], "no run could be read"),
   ],
 )
@@ -581,10 +553,7 @@ def test_what_the_page_is_made_of_is_shipped():
   shipped = {
     path for pattern in patterns for path in (ROOT / "rspo_jax").glob(pattern)
   }
-  assert (
-    set((ROOT / "rspo_jax" / "tools" / "report" / "assets").iterdir())
-    <= shipped
-  )
+  assert set((ROOT / "rspo_jax/tools/report/assets").iterdir()) <= shipped
 
 
 # The page in a browser.
@@ -607,14 +576,21 @@ def ink(browser, metric):
   )
 
 
+def put(browser, element, value, event="change"):
+  """Gives a control a value as a person does."""
+  browser.run(
+    f"{{const control = {element}; control.value = '{value}';"
+    f"control.dispatchEvent(new Event('{event}'))}}"
+  )
+
+
 def test_the_page_loads_without_complaint_and_draws_its_charts(browser, made):
   browser.open(made)
   assert browser.complaints() == []
   drawn = browser.run("document.querySelectorAll('.chart canvas').length")
   assert drawn == browser.run("document.querySelectorAll('.chart').length") > 8
-  assert (
-    browser.run("document.querySelectorAll('#scatter circle').length") == 96
-  )
+  points = "document.querySelectorAll('#scatter circle').length"
+  assert browser.run(points) == 96
 
 
 def test_a_page_of_twelve_runs_opens_in_a_second(browser, made):
@@ -642,17 +618,10 @@ def test_the_table_sorts_by_click_and_by_key(browser, made):
   browser.run(f"{button}.focus()")
   browser.key("Enter", text="\r", windowsVirtualKeyCode=13)
   assert order() == sorted(after, key=after.get)
-  assert (
-    browser.run(
-      "document.querySelectorAll('#comparison th')[3].getAttribute('aria-sort')"
-    )
-    == "ascending"
-  )
+  head = "document.querySelectorAll('#comparison th')[3]"
+  assert browser.run(f"{head}.getAttribute('aria-sort')") == "ascending"
   # Differences against another group.
-  browser.run(
-    "{const box = document.getElementById('baseline'); box.value = '1';"
-    "box.dispatchEvent(new Event('change'))}"
-  )
+  put(browser, "document.getElementById('baseline')", 1)
   head = browser.run("document.querySelector('#comparison thead').innerText")
   assert "against lambda_0" in head.replace("\n", " ")
 
@@ -660,15 +629,12 @@ def test_the_table_sorts_by_click_and_by_key(browser, made):
 def test_controls_change_the_curves_and_the_legend_hides_them(browser, made):
   browser.open(made)
   before = ink(browser, "reward/mean")
-  for script in (
-    "const c = document.getElementById('smoothing'); c.value = '0'",
-    "const c = document.getElementById('band'); c.value = 'none'",
-    "const c = document.getElementById('axis'); c.value = 'x/forwards'",
-  ):
-    browser.run(f"{{{script}; c.dispatchEvent(new Event('input'))}}")
+  controls = {"smoothing": 0, "band": "none", "axis": "x/forwards"}
+  for name, value in controls.items():
+    put(browser, f"document.getElementById('{name}')", value, "input")
     browser.settle()
     after = ink(browser, "reward/mean")
-    assert after != before, script
+    assert after != before, name
     before = after
   browser.run("document.querySelector('#legend [data-group=rft]').click()")
   browser.settle()
@@ -700,20 +666,13 @@ def test_completions_are_text_filtered_and_played(browser, made):
   pairs = "document.getElementById('pairs')"
   assert browser.run(f"{pairs}.querySelectorAll('b:not(h3 b)').length") == 0
   assert "*<b>3</script>" in browser.run(f"{pairs}.innerText")
-  browser.run(
-    "{const box = document.getElementById('samples-change');"
-    "box.value = '01'; box.dispatchEvent(new Event('change'))}"
-  )
+  put(browser, "document.getElementById('samples-change')", "01")
   sides = f"[...{pairs}.querySelectorAll('.side')]"
   assert browser.run(
     f"{sides}.every((side, i) => "
     "side.classList.contains('right') === (i % 2 === 1))"
   )
-  player = f"{pairs}.querySelector('.player')"
-  browser.run(
-    f"{{const slider = {player}.querySelector('input'); slider.value = 2;"
-    "slider.dispatchEvent(new Event('input'))}"
-  )
+  put(browser, f"{pairs}.querySelector('.player input')", 2, "input")
   hidden = f"{pairs}.querySelectorAll('.side')[0].innerText"
   pieces = browser.run(
     f"{pairs}.querySelectorAll('.side pre')[0].querySelectorAll('span').length"
@@ -730,10 +689,7 @@ def test_one_completion_is_played_forward_by_forward(browser, made):
   total = browser.run(f"{cells}.length")
   assert browser.run(f"{written}.length") == total > 3
   for step in (0, 2, total):
-    browser.run(
-      f"{{const slider = {stage}.querySelector('input'); slider.value = {step};"
-      "slider.dispatchEvent(new Event('input'))}"
-    )
+    put(browser, f"{stage}.querySelector('input')", step, "input")
     # One position a forward, as the samples say; the newest stands out.
     assert browser.run(f"{written}.length") == step
     new = browser.run(f"{stage}.querySelectorAll('.new-piece').length")

@@ -20,12 +20,14 @@ import sys
 import threading
 from typing import Any
 
+from rspo_jax.config import cli
+
 HOST = "127.0.0.1"
 BODY_BYTES = 32 << 10
 WAIT_S = 20.0  # for a completion before this one
 SOCKET_S = 30.0
-DONE, MISTAKE = 0, 2
 
+_NOTHING = "there is nothing at this address."
 _PAGE = pathlib.Path(__file__).parent / "demo.html"
 _HEADERS = (
   ("Cache-Control", "no-store"),
@@ -110,14 +112,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
     elif self.path == "/api/model":
       self._send_json(200, describe(self.server.session))
     else:
-      self._send_json(404, {"error": "there is nothing at this address."})
+      self._send_json(404, {"error": _NOTHING})
 
   def do_POST(self) -> None:
     """A completion, forward by forward."""
     if not self._from_here():
       return
     if self.path != "/api/denoise":
-      self._send_json(404, {"error": "there is nothing at this address."})
+      self._send_json(404, {"error": _NOTHING})
       return
     session = self.server.session
     try:
@@ -243,12 +245,10 @@ def serve(session, port: int) -> int:
   try:
     server = Server(session, port)
   except OSError as error:
-    print(
-      f"error: --port={port} cannot be used ({error.strerror}); choose another, "
-      "or 0 for any free one.",
-      file=sys.stderr,
+    return cli.mistake(
+      f"--port={port} cannot be used ({error.strerror}); choose another, or 0 "
+      "for any free one."
     )
-    return MISTAKE
   with server:
     print(
       f"http://{HOST}:{server.server_address[1]}/ (this machine only; Ctrl-C "
@@ -259,4 +259,4 @@ def serve(session, port: int) -> int:
       server.serve_forever()
     except KeyboardInterrupt:
       print()
-  return DONE
+  return cli.DONE

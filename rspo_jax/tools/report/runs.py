@@ -3,10 +3,6 @@
 Folders are searched for runs (`config.json` beside `metrics.jsonl`). Runs whose
 configs differ in the seed alone are a group: one line of a chart, one row of
 the table.
-
-Compute is counted in denoiser forwards of a sequence: the sampler's calls, one
-per mask and score, and three per mask for the update (a backward pass costs
-two), where a run does not log `compute/cumulative` itself.
 """
 
 import collections
@@ -74,9 +70,9 @@ class Run:
     rows = [
       row
       for row in json_lines(self.folder / "samples" / name)
-      if isinstance(row.get("completion"), str)
+      if isinstance(row.get("completion"), str) and "index" in row
     ]
-    return tuple(sorted(rows, key=lambda row: row.get("index", 0)))
+    return tuple(sorted(rows, key=lambda row: row["index"]))
 
 
 @dataclasses.dataclass
@@ -262,38 +258,16 @@ def changes(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def with_compute(run: Run) -> list[dict[str, Any]]:
-  """Rows with seconds, denoiser forwards and share of the target so far.
+  """Rows with seconds, forwards of a sequence and share of the target so far.
 
   The share is slope times lambda: 1 where estimates meet their targets.
   """
-  config = run.config
-  sequences = config.get("rollout.prompts", 0) * config.get(
-    "rollout.group_size", 1
-  )
-  masks = config.get("likelihood.masks", 0)
-  lambda_ = config.get("objective.lambda_", 0.0)
-  two = (
-    config.get("train.passes") == "two"
-    or config.get("train.micro_masks", 0) not in (0, masks)
-    or (
-      config.get("objective.centring") == "batch"
-      and config.get("train.micro_batch") != sequences
-    )
-  )
+  lambda_ = run.config.get("objective.lambda_", 0.0)
   seconds = forwards = 0.0
   out = []
   for row in run.rows:
-    scored = 3 + ("score/relative_std" in row) + two
-    kept = row.get("update/kept_share") or 0.0
-    if "update/kept_share" not in row:
-      kept = 1.0
-    of_step = sequences * (
-      (row.get("rollout/denoiser_calls") or 0) + kept * masks * scored
-    )
-    if "loss" not in row and "time/step_s" not in row:
-      of_step = 0.0  # an evaluation alone
     seconds += row.get("time/step_s") or 0.0
-    forwards = row.get("compute/cumulative") or forwards + of_step
+    forwards = row.get("compute/cumulative") or forwards
     row = row | {"x/seconds": seconds, "x/forwards": forwards}
     slope = row.get("calibration/slope")
     if slope is not None and lambda_:

@@ -106,9 +106,8 @@ def verdict_table(runs: Sequence[Run], when: int, kind: str):
   by_run = []
   for run in runs:
     found = collections.defaultdict(list)
-    rows = run.completions(run.before_and_after[when], kind)
-    for place, row in enumerate(rows):
-      found[row.get("index", place)].append(bool(row.get("correct")))
+    for row in run.completions(run.before_and_after[when], kind):
+      found[row["index"]].append(bool(row.get("correct")))
     by_run.append({index: np.mean(right) for index, right in found.items()})
   if not by_run or not all(by_run):
     return None

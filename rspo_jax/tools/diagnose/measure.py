@@ -1,101 +1,27 @@
-"""What each estimator makes of the relative score d, measured on a checkpoint.
+"""Bias, variance and noise of the estimators of d, on a policy's completions.
 
-    python -m rspo_jax.diagnose --config=configs/countdown.py --out=DIR
-
-1. Policy and reference: the reference is the config's model, the policy comes
-   from --policy=FOLDER, or from --steps updates of the config's own run.
-2. The policy completes prompts; exact scores of both by enumerating all
-   2^L - 1 masks where L <= 10, else by many complementary pairs.
-3. Every scheme at the same number of forward passes, R times: bias, variance
-   and mean squared error of d; correlation of the noise of policy and
-   reference, which sharing masks cancels; MSE over uniform's, with a bootstrap
-   interval over sequences.
-4. Signal to noise of the gradient of the mean score over completions of
-   positive and of negative advantage: |E g|^2 / tr Var(g) over mask draws.
-5. The bfloat16 noise floor of d, beside the noise of the masks.
-
-Writes diagnose.json, diagnose.png (with matplotlib, requirements-dev.txt) and
-prints the table. Units: nats per token and their squares.
+The exact scores come from all 2^L - 1 masks where L <= 10, else from many
+complementary pairs. Units: nats per token and their squares.
 """
 
 import dataclasses
-import functools
-import json
 import math
-import pathlib
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from rspo_jax import main
 from rspo_jax.algorithm import likelihood, objectives, train_step
-from rspo_jax.config import identity, load
 from rspo_jax.devices import sharding
-from rspo_jax.models import checkpoints, functions
+from rspo_jax.models import functions
 from rspo_jax.run import data, rollout
-from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
 
-HELP = """usage: python -m rspo_jax.diagnose --config=FILE[:ARG,...] [options]
-
-  --config.GROUP.KEY=VALUE  override of one key
-  --out=DIR                 where diagnose.json and the plot go (diagnose/)
-  --policy=FOLDER           policy in the Hugging Face layout (a run's model/);
-                            without it the config is trained for --steps
-  --steps=20                updates of that training
-  --forwards=2,4            forward passes an estimate, one table each
-  --schemes=a,b             those alone, beside uniform
-  --sequences=64            completions
-  --repeats=64              estimates of each
-
-Gradients are measured for uniform, complementary and the config's scheme."""
-NUMBERS = {"steps": 20, "sequences": 64, "repeats": 64}
 ENUMERATED = 10  # longest completion whose masks are all gone through
 LONG_PAIRS = 2048  # complementary pairs in place of enumeration
 RESAMPLES = 2000
 GRADIENT_DRAWS = 12
-
-
-def parse(argv: list[str]):
-  """(words for load.parse, options by name) of a command line.
-
-  Raises:
-    ValueError: names value and remedy.
-  """
-  options = {"out": "diagnose", "policy": "", "forwards": "2,4"} | NUMBERS
-  options["schemes"] = ",".join(likelihood.ESTIMATORS)
-  rest = [argv[0]]
-  for word in argv[1:]:
-    name, equals, value = word.lstrip("-").partition("=")
-    if name not in options:
-      rest.append(word)
-      continue
-    if not equals or not value:
-      raise ValueError(f"--{name} needs a value; write --{name}=VALUE.")
-    options[name] = value
-  for name in NUMBERS:
-    options[name] = _count(name, str(options[name]))
-  options["schemes"] = ["uniform", *options["schemes"].split(",")]
-  for name in options["schemes"]:
-    if name not in likelihood.ESTIMATORS:
-      raise ValueError(
-        f"--schemes={name!r} is not known; choose from "
-        f"{', '.join(likelihood.ESTIMATORS)}."
-      )
-  options["forwards"] = [
-    _count("forwards", part) for part in options["forwards"].split(",")
-  ]
-  return rest, options
-
-
-def _count(name: str, text: str) -> int:
-  """A whole number from 1 on."""
-  if not text.isdecimal() or int(text) < 1:
-    raise ValueError(f"--{name}={text} must be a whole number from 1 on.")
-  return int(text)
 
 
 def schemes_at(
@@ -382,142 +308,3 @@ def diagnose(
     )
   )
   return result
-
-
-def table(result: dict) -> str:
-  """The rows as text."""
-  head = (
-    f"{'scheme':14}{'K':>3}{'bias':>10}{'sd':>9}{'rmse':>9}"
-    f"{'MSE / uniform':>22}{'noise corr':>12}{'SNR A>0':>10}{'A<0':>8}"
-  )
-  lines = [head]
-  for row in result["rows"]:
-    span = (
-      f"{row['mse_over_uniform']:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
-    )
-    snr = [
-      row["snr"].get(key, float("nan")) for key in ("positive", "negative")
-    ]
-    lines.append(
-      f"{row['scheme']:14}{row['forwards']:>3}{row['bias']:>10.4f}"
-      f"{row['variance'] ** 0.5:>9.4f}{row['mse'] ** 0.5:>9.4f}{span:>22}"
-      f"{row['noise_correlation']:>12.3f}{snr[0]:>10.3f}{snr[1]:>8.3f}"
-    )
-  lines.append(
-    f"d without mask noise ({result['exact']}): standard deviation "
-    f"{result['relative_std']:.4f} nats per token over {result['sequences']} "
-    f"completions; bfloat16 adds {result['bf16_floor']:.5f}."
-  )
-  return "\n".join(lines)
-
-
-def plot(result: dict, path: pathlib.Path) -> bool:
-  """Root mean squared errors as bars; False where matplotlib is missing."""
-  try:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-  except ImportError:
-    return False
-  counts = sorted({row["forwards"] for row in result["rows"]})
-  figure, axes = pyplot.subplots(
-    1, len(counts), figsize=(5 * len(counts), 4), squeeze=False, sharey=True
-  )
-  for axis, count in zip(axes[0], counts, strict=True):
-    rows = [row for row in result["rows"] if row["forwards"] == count]
-    rows.sort(key=lambda row: row["mse"])
-    names = [row["scheme"] for row in rows]
-    axis.barh(names, [row["mse"] ** 0.5 for row in rows], color="#9db7d5")
-    axis.barh(names, [abs(row["bias"]) for row in rows], color="#c25b4e")
-    axis.axvline(result["bf16_floor"], color="black", linestyle=":")
-    axis.set_title(f"{count} forward passes")
-    axis.set_xlabel("error of d, nats per token")
-    axis.invert_yaxis()
-  axes[0][0].legend(["bfloat16 floor", "root mean square", "bias"])
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
-  pyplot.close(figure)
-  return True
-
-
-def _trained(words: list[str], out: pathlib.Path, steps: int) -> pathlib.Path:
-  """Folder of a policy after some updates of the config's own run."""
-  folder = out / "run"
-  status = main.main(
-    [
-      *words,
-      f"--workdir={folder}",
-      f"--config.run.steps={steps}",
-      "--config.run.export=True",
-      "--config.run.log=quiet",
-      "--config.run.tensorboard=False",
-      "--config.eval.prompts=64",
-      "--config.eval.batch=64",
-    ]
-  )
-  if status:
-    raise ValueError(
-      f"the policy's run in {folder} ended with status {status}; its message "
-      "is above. Or give --policy=FOLDER."
-    )
-  return folder / "model"
-
-
-def run(argv: list[str]) -> int:
-  """Measures and writes; returns the exit status."""
-  if not argv[1:] or "--help" in argv:
-    print(HELP)
-    return 0
-  try:
-    words, options = parse(argv)
-    config = load.parse(words)[0]
-    settings = settings_lib.build(config, jax.device_count())
-    if settings.supervised:
-      raise ValueError(
-        "objective.name='sft' has no reference to be relative to; diagnose a "
-        "config of reinforcement learning."
-      )
-    if config.lora.rank or config.lora.path:
-      raise ValueError(
-        f"lora.rank={config.lora.rank}, lora.path={config.lora.path!r}: whole "
-        "models are diagnosed; use --config.lora.rank=0 --config.lora.path= "
-        "and a run's merged model/ as --policy."
-      )
-    wanted = settings.rollout.prompts * settings.rollout.group_size
-    if options["sequences"] > wanted:
-      raise ValueError(
-        f"--sequences={options['sequences']} is more than one rollout has; use "
-        f"at most {wanted}, or raise rollout.prompts."
-      )
-    out = pathlib.Path(options["out"])
-    identity.check_links(out, f"--out={out}")
-    out.mkdir(parents=True, exist_ok=True)
-    folder = options["policy"] or _trained(words, out, options["steps"])
-    program = program_lib.build(settings)
-    policy = checkpoints.load_model(
-      folder,
-      settings.model.param_dtype,
-      functools.partial(program_lib._shardings, program.mesh),
-    )
-    bench = Bench(program, policy.params, options["sequences"])
-    result = diagnose(
-      bench, options["forwards"], options["repeats"], options["schemes"]
-    )
-  except (ValueError, OSError) as error:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return 2
-  (out / "diagnose.json").write_text(json.dumps(result, indent=2) + "\n")
-  print(table(result))
-  if plot(result, out / "diagnose.png"):
-    print(f"In {out}: diagnose.json, diagnose.png.")
-  else:
-    print(f"In {out}: diagnose.json (pip install matplotlib for the plot).")
-  return 0
-
-
-if __name__ == "__main__":
-  # Under its own name, so that what it defines exists once.
-  from rspo_jax.tools import diagnose as module
-
-  sys.exit(module.run(sys.argv))
