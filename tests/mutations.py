@@ -333,6 +333,14 @@ def _faults():
         "sampling/test_proposals.py",
         "gumbel",
       ),
+      (
+        "a noisy block sees itself in the clean text",
+        "models/attention.py",
+        '"clean": operator.gt',
+        '"clean": operator.ge',
+        "models/test_attention.py",
+        "parts_are_one",
+      ),
     )
   )
   module, tests = "algorithm/train_step.py", "algorithm/test_train_step.py"

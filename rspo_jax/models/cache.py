@@ -37,11 +37,6 @@ class Uncached:
     del first, length
     return total
 
-  def commit(self, key, value):
-    """The cache after a forward with these keys and values."""
-    del key, value
-    return self
-
 
 @struct.dataclass
 class Dual:

@@ -188,10 +188,6 @@ class Transformer(nn.Module):
     seen = Visibility(token_mask)
     return self._through(tokens, 0, streams, seen, None, None)
 
-  def hidden(self, tokens, token_mask):
-    """Final hidden rows [n, S, D] of tokens i32 [n, S]."""
-    return self.hidden_and_kv(tokens, token_mask)[0][POLICY]
-
   def window(self, tokens, token_mask, cache, first):
     """Hidden rows [n, W, D] of a window that starts at position first.
 
@@ -227,7 +223,7 @@ class Transformer(nn.Module):
     return logits * config.width**-0.5 if config.scale_logits else logits
 
   def __call__(self, tokens):
-    return self.project(self.hidden(tokens, None))
+    return self.project(self.hidden_and_kv(tokens, None)[0][POLICY])
 
 
 def init(config: ModelConfig, key: jax.Array, boxed: bool = False):
@@ -249,8 +245,8 @@ def init(config: ModelConfig, key: jax.Array, boxed: bool = False):
 def hidden(config: ModelConfig, params, tokens, token_mask=None):
   """Hidden rows after the final norm, [n, S, D] of tokens i32 [n, S]."""
   return Transformer(config).apply(
-    {"params": params}, tokens, token_mask, method="hidden"
-  )
+    {"params": params}, tokens, token_mask, method="hidden_and_kv"
+  )[0][POLICY]
 
 
 def project(config: ModelConfig, params, h, mesh=None, stream=POLICY):

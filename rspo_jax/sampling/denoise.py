@@ -5,29 +5,19 @@ the completion are filled from left to right. A step inside a block:
 
 1. Forward: logits of the current block, given the whole canvas. With guidance
    w also for a canvas without its prompt: un + (w + 1) (cond - un).
-2. Propose a token a position, argmax of logits + T g in float32 with standard
-   Gumbel noise g (sampling at temperature T; T = 0 is greedy), and a
-   confidence, here the probability of that token without noise.
-3. Select positions, the most confident first (ties: the lowest index). LLaDA
-   spreads a block's masks evenly over its steps, the first ones taking the
-   remainder; a threshold takes all that are confident enough and always the
-   best one; a factor f takes rank r while confidence >= 1 - f / (r + 2).
+2. Propose a token and a confidence a position (`proposals`).
+3. Select positions, the most confident first (`schedules`).
 4. Commit: write the selected tokens; they are final.
 
-Dream's algorithms differ in 2 (filters, margin or entropy as confidence) and
-in 3 (the share 1 - s/t of the masks still there, or a coin a position).
+With a cache (`models.cache`) the first forward of a block is of the whole canvas
+and fills it, later ones compute the rest. Rows do not look at each other: a row
+that is done waits for the rest of the batch.
 
-With a cache, the first forward of a block covers the whole canvas and fills
-it; later ones of the block recompute the block only (dual) or everything from
-the block's start (prefix). Rows do not look at each other: a row that is done
-waits for the rest of the batch.
-
-Sources: LLaDA, arXiv 2502.09992, algorithms 4 and 5; Dream, arXiv 2508.15487;
-Fast-dLLM, arXiv 2505.22618 (dual cache, threshold, factor). Where we differ:
-draws are a function of (key, row, step, position in the completion), so that
-neither slicing, sharding nor padding a batch changes a sample; Dream's share
-is of each row's masks, not of the batch's mean; a predicted mask token is
-never placed unless `mask_policy="compete"`.
+Sources: LLaDA, arXiv 2502.09992; Dream, arXiv 2508.15487; Fast-dLLM, arXiv
+2505.22618. Where we differ: draws are a function of (key, row, step, position in
+the completion), so that neither slicing, sharding nor padding a batch changes a
+sample; Dream's share is of each row's masks, not of the batch's mean; a
+predicted mask token is never placed unless `mask_policy="compete"`.
 """
 
 import functools

@@ -1,8 +1,10 @@
 """What one step would write: a token and a confidence for every position.
 
 Each `*_step` is (logits f32 [n, W, V], settings, ids, draws) -> (token i32
-[n, W], confidence f32 [n, W]) of a window of W positions. Sources: LLaDA, arXiv
-2502.09992, algorithms 4 and 5; Dream, arXiv 2508.15487.
+[n, W], confidence f32 [n, W]) of a window of W positions. The token is
+argmax of logits + T g with standard Gumbel noise g: sampling at temperature T,
+greedy at 0. Sources: LLaDA, arXiv 2502.09992, algorithms 4 and 5; Dream, arXiv
+2508.15487.
 """
 
 import dataclasses
@@ -53,11 +55,6 @@ class Draws:
 
 
 # --- Draws ------------------------------------------------------------------
-
-
-def uniform_draw(key, size):
-  """Uniforms f32 [size] in [0, 1)."""
-  return jax.random.uniform(key, (size,))
 
 
 def gumbel_draw(key, size):
@@ -115,7 +112,8 @@ def draws_of(
     if noise.masked is not None:
       order = jnp.cumsum(masked.reshape(-1)) - 1
       return noise.masked[call][order].reshape(masked.shape)
-    return draw(uniform_draw, stream=POSITIONS, size=1)[:, :, 0]
+    uniform = lambda key, size: jax.random.uniform(key, (size,))  # noqa: E731
+    return draw(uniform, stream=POSITIONS, size=1)[:, :, 0]
 
   def order():
     if noise.positions is None and noise.masked is None:

@@ -1,20 +1,20 @@
-"""The sampler against recordings, hand-made loops and its own invariants."""
+"""The driver against loops written by hand and its own invariants."""
 
 import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
+import naive_decoding
 import numpy as np
 import pytest
+from naive_decoding import EOS, EOT, MASK, VOCAB
 
-from rspo_jax.models import families, functions, transformer
+from rspo_jax.models import families, functions
 from rspo_jax.models.cache import CACHES
 from rspo_jax.sampling import denoise as driver
 from rspo_jax.sampling import schedules
 from rspo_jax.sampling.settings import SamplerSettings
-
-MASK, EOS, EOT, VOCAB = 29, 28, 27, 30
 
 pytestmark = pytest.mark.usefixtures("compiled_fast")
 
@@ -440,17 +440,8 @@ def test_one_compilation_serves_every_call():
 # --- With the transformer: caches -------------------------------------------
 
 
-@functools.cache
-def tiny_model(family="llada", kv_heads=2):
-  config = families.ModelConfig(
-    family=family, vocab_size=VOCAB, width=16, layers=2, heads=4,
-    kv_heads=kv_heads, mlp_width=24, rope_theta=1e4, norm_eps=1e-6,
-    mask_id=MASK, eos_id=EOS, pad_id=EOS, max_length=64,
-    qkv_bias=family == "dream", logit_shift=family == "dream",
-  )  # fmt: skip
-  params = transformer.init(config, jax.random.key(3))
-  # Logits of spread 1 or more: confidences far from ties.
-  params = jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, params)
+def tiny_model(family="llada"):
+  config, params = naive_decoding.tiny_model(family)
   return functions.make_denoise_fn(config), params
 
 

@@ -11,9 +11,10 @@ import jax
 import naive_decoding
 import numpy as np
 import pytest
+from naive_decoding import EOS, EOT, MASK, VOCAB
 
 import rspo_jax
-from rspo_jax.models import checkpoints, families, transformer
+from rspo_jax.models import checkpoints
 
 LLADA_CASES = (
   "v01_full_block", "v02_semi_ar", "v03_batch3_two_per_step",
@@ -31,7 +32,6 @@ DREAM_CASES = (
   "d07_maskgit_topp",
 )  # fmt: skip
 
-VOCAB, MASK, EOS, EOT = 30, 29, 28, 27
 DECODING = (
   "temperature",
   "remasking",
@@ -116,19 +116,6 @@ def test_generate_writes_what_diffusion_generate_wrote(shared, name):
 # --- The rules once more ----------------------------------------------------
 
 
-@functools.cache
-def model_of(seed, kv_heads):
-  config = families.ModelConfig(
-    family="llada", vocab_size=VOCAB, width=16, layers=2, heads=4,
-    kv_heads=kv_heads, mlp_width=24, rope_theta=1e4, norm_eps=1e-6,
-    mask_id=MASK, eos_id=EOS, pad_id=EOS, max_length=64,
-  )  # fmt: skip
-  params = transformer.init(config, jax.random.key(seed))
-  # Logits of spread 1 or more: confidences far from ties.
-  params = jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, params)
-  return checkpoints.Model(config=config, params=params)
-
-
 def draw_options(rng):
   """Options of one call, and whether a full block ends at once."""
   block, blocks = int(rng.choice([2, 4, 6])), int(rng.choice([1, 2, 3]))
@@ -186,7 +173,8 @@ def draw_inputs(rng, options, until_full):
 def check(seed):
   """One random call; returns whether it was far enough from ties to tell."""
   rng = np.random.default_rng(seed)
-  model = model_of(int(rng.integers(3)), int(rng.choice([1, 2, 4])))
+  seed, kv_heads = int(rng.integers(3)), int(rng.choice([1, 2, 4]))
+  model = checkpoints.Model(*naive_decoding.tiny_model("llada", seed, kv_heads))
   options, until_full = draw_options(rng)
   prompts, seen, canvas = draw_inputs(rng, options, until_full)
   length, block = options["gen_length"], options["block_length"]
