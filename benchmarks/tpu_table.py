@@ -211,7 +211,7 @@ def head(options) -> bool:
   from jax.sharding import NamedSharding, PartitionSpec
 
   from rspo_jax.devices import sharding
-  from rspo_jax.models import transformer
+  from rspo_jax.models import functions
   from rspo_jax.models.families import PUBLISHED
   from rspo_jax.planning import compiler, hlo, programs
   from rspo_jax.run import program
@@ -235,7 +235,7 @@ def head(options) -> bool:
 
     def loss(kernel, h, target):
       params = {"head": {"kernel": kernel}}
-      return transformer.target_logprobs(cut, params, h, target, mesh).sum()
+      return functions.target_logprobs(cut, params, h, target, mesh).sum()
 
     return loss
 

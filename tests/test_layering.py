@@ -30,6 +30,11 @@ PURE = (
   "sampling",
   "models.families",
   "models.transformer",
+  "models.layers",
+  "models.attention",
+  "models.cache",
+  "models.mlp",
+  "models.functions",
   "models.lora",
   "planning.chips",
   "planning.flops",
@@ -43,7 +48,7 @@ PURE = (
 )
 WITHOUT_JAX = ("config",)
 # What a command imports before its first line.
-LIGHT = ("main", "config", "run.rules", "sampling.sampler_settings")
+LIGHT = ("main", "config", "run.rules", "sampling.settings")
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets"}
 IMPURE_MODULES = {
   "datetime",

@@ -170,14 +170,14 @@ class Sampler:
   steps: int = key(8,
     "T: denoising steps of all blocks together; 0: L", at_least=0)
   algorithm: str = key("llada",
-    "key of rspo_jax.sampling.sampler.ALGORITHMS",
-    table="sampling.sampler_settings:ALGORITHMS")
+    "key of rspo_jax.sampling.schedules.ALGORITHMS",
+    table="sampling.settings:ALGORITHMS")
   remasking: str = key("low_confidence",
-    "key of rspo_jax.sampling.sampler.REMASKING",
-    table="sampling.sampler_settings:REMASKING")
+    "key of rspo_jax.sampling.proposals.REMASKING",
+    table="sampling.settings:REMASKING")
   cache: str = key("none",
     "none | prefix | dual: keys and values that a block's later steps read "
-    "instead of computing them", table="sampling.sampler_settings:CACHES")
+    "instead of computing them", table="sampling.settings:CACHES")
   threshold: float = key(0.0,
     "commit all that are at least this probable; 0: off", at_least=0)
   factor: float = key(0.0,

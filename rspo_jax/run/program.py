@@ -24,6 +24,7 @@ from rspo_jax.models import (
   checkpoints,
   families,
   fresh,
+  functions,
   lora,
   transformer,
 )
@@ -371,10 +372,10 @@ def assemble(
   template = _placed(nn.meta.unbox(boxed), state_shardings)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
-  score_fn = transformer.make_logprob_fn(config, mesh)
-  both_fn = transformer.make_logprob_fn(config, mesh, dual=True)
+  score_fn = functions.make_logprob_fn(config, mesh)
+  both_fn = functions.make_logprob_fn(config, mesh, dual=True)
   rollout_mesh = sharding.rollout_mesh(mesh, settings.mesh.rollout_tensor)
-  raw_denoise_fn = transformer.make_denoise_fn(config, rollout_mesh)
+  raw_denoise_fn = functions.make_denoise_fn(config, rollout_mesh)
 
   def logprob_fn(params, *arguments):
     return score_fn(lora.weights(params), *arguments)

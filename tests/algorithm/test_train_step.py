@@ -36,7 +36,7 @@ from tiny_steps import (
 from rspo_jax.algorithm import likelihood, objectives, train_step
 from rspo_jax.config import schema
 from rspo_jax.devices import sharding
-from rspo_jax.models import transformer
+from rspo_jax.models import functions, transformer
 
 
 @jax.jit
@@ -381,7 +381,7 @@ def test_one_pass_where_the_centring_set_fits():
 def test_relative_scores_are_zero_at_the_start():
   # Bit for bit from one compiled function; within 1e-6 inside the update.
   step = train_step.StepSettings(8)
-  logprob_fn = transformer.make_logprob_fn(CONFIG)
+  logprob_fn = functions.make_logprob_fn(CONFIG)
   estimate = jax.jit(train_step.make_estimate(logprob_fn, MASK_ID, step, MASKS))
   params, batch, key = transformer_params(), batch_of(), KEY
   reference = estimate(params, batch, key)
@@ -747,7 +747,7 @@ def three_steps(shape, devices):
   params = jax.device_put(transformer_params(), places.params)
   shards = sharding.batch_shards(mesh)
   step = train_step.StepSettings(2 * N, "one", shards=shards)
-  logprob_fn = transformer.make_logprob_fn(CONFIG)
+  logprob_fn = functions.make_logprob_fn(CONFIG)
   estimate = jax.jit(
     train_step.make_estimate(logprob_fn, MASK_ID, step, MASKS),
     out_shardings=rows,

@@ -20,7 +20,7 @@ import tiny_steps as steps
 
 from rspo_jax.algorithm import likelihood, train_step
 from rspo_jax.devices import sharding
-from rspo_jax.models import lora, transformer
+from rspo_jax.models import functions, lora, transformer
 from rspo_jax.run import program as program_lib
 
 # Divisible by every mesh below; one true token in five is the mask id itself.
@@ -124,8 +124,8 @@ def on_mesh(shape, cut, kind, base, adapters, batch, key):
   )
   if kind != "two" and (TOTAL // cut[0] // step.shards) % steps.GROUP:
     step = dataclasses.replace(step, passes="two")
-  one = transformer.make_logprob_fn(config, mesh)
-  both = transformer.make_logprob_fn(config, mesh, dual=True)
+  one = functions.make_logprob_fn(config, mesh)
+  both = functions.make_logprob_fn(config, mesh, dual=True)
   weighed = lambda fn: lambda params, *a: fn(lora.weights(params), *a)  # noqa: E731
   optimizer = optax.sgd(1.0)
   state = train_step.init_state(trained, optimizer)

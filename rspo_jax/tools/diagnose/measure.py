@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from rspo_jax.algorithm import likelihood, objectives, train_step
 from rspo_jax.devices import sharding
-from rspo_jax.models import transformer
+from rspo_jax.models import functions
 from rspo_jax.run import data, rollout
 from rspo_jax.run import settings as settings_lib
 
@@ -131,7 +131,7 @@ class Bench:
     config = self.config
     if dtype is not None:
       config = dataclasses.replace(config, compute_dtype=dtype)
-    logprob_fn = transformer.make_logprob_fn(config)
+    logprob_fn = functions.make_logprob_fn(config)
     batch, mask_id = self.batch, config.mask_id
 
     @jax.jit
@@ -164,7 +164,7 @@ class Bench:
     length = scored.shape[1]
     scope = self.program.settings.likelihood.scope
     masks = all_masks(scored, self.batch.tokens.shape[1] - length, scope)
-    logprob_fn = transformer.make_logprob_fn(self.config)
+    logprob_fn = functions.make_logprob_fn(self.config)
 
     @jax.jit
     def score(params, tokens, token_mask, masks):
