@@ -58,8 +58,10 @@ OVERRIDES = {
 # Says which phase it is in.
 ANNOUNCING = """
 import sys
-from rspo_jax import checkpoint, main, program
-from rspo_jax.run.runs import Run
+from rspo_jax import main
+from rspo_jax.run import program
+from rspo_jax.run.compiled import Compiled
+from rspo_jax.storage import checkpoint
 def announce(owner, method, phase):
   original = getattr(owner, method)
   def wrapped(self, *args, **options):
@@ -68,11 +70,12 @@ def announce(owner, method, phase):
       print("phase", name, flush=True)
     return original(self, *args, **options)
   setattr(owner, method, wrapped)
-def of_call(run, args):
-  if args[0] not in run._seen:
-    return None if run.step == 0 and "evaluation" in args[0] else "compiling"
-  return "evaluation" if "evaluation" in args[0] else args[0]
-announce(Run, "call", of_call)
+def of_call(compiled, args):
+  evaluates = "evaluation" in compiled.name
+  if not compiled.called:
+    return None if evaluates else "compiling"
+  return "evaluation" if evaluates else compiled.name
+announce(Compiled, "__call__", of_call)
 announce(program.Program, "judge", lambda self, args: "reward")
 announce(checkpoint.Checkpointer, "save", lambda self, args: "save")
 sys.exit(main.main())

@@ -47,7 +47,7 @@ def now(program) -> dict[str, int]:
     "bytes": pages * os.sysconf("SC_PAGE_SIZE"),
     "files": len(os.listdir("/proc/self/fd")),
     "threads": len(os.listdir("/proc/self/task")),
-    "programs": sum(program.compiled_programs().values()),
+    "programs": sum(program.compilations().values()),
   }
 
 
@@ -58,7 +58,7 @@ def soak(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
   of a stretch is what stays.
   """
   from rspo_jax import main
-  from rspo_jax.run.runs import Run
+  from rspo_jax.run import step as step_lib
 
   tiny_runs.save_checkpoint(folder / "checkpoint")
   tiny_runs.save_puzzles(folder / "puzzles.jsonl")
@@ -76,19 +76,19 @@ def soak(folder: pathlib.Path, steps: int) -> tuple[dict, bool]:
     optimizer__learning_rate=1e-4,
   )
   seen = []
-  original = Run.train_one
+  original = step_lib.train
 
   def watched(run, batches):
     values = original(run, batches)
     seen.append(now(run.program))
     return values
 
-  Run.train_one = watched
+  step_lib.train = watched
   begun = time.monotonic()
   try:
     status = main.main(argv)
   finally:
-    Run.train_one = original
+    step_lib.train = original
   took_s = time.monotonic() - begun
   tenth = max(1, int(WARM_UP * steps))
   early, late = seen[tenth : 2 * tenth], seen[-tenth:]

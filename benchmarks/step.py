@@ -74,10 +74,12 @@ def main() -> None:
   import jax.numpy as jnp
   import numpy as np
 
-  from rspo_jax.algorithm import train_step
+  from rspo_jax.algorithm import streams
+  from rspo_jax.algorithm.types import RolloutBatch
   from rspo_jax.devices import sharding
   from rspo_jax.planning.flops import forward_flops
   from rspo_jax.run import program as program_lib
+  from rspo_jax.run import rollout
   from rspo_jax.run import settings as settings_lib
 
   path, _, arg = options.config.partition(":")
@@ -100,7 +102,7 @@ def main() -> None:
   tokens, mask = sharding.put_global(
     program.mesh, (prompts, np.ones(prompts.shape, bool))
   )
-  key = train_step.stream_key(0, 0, train_step.ROLLOUT)
+  key = streams.stream_key(0, 0, streams.ROLLOUT)
   side = 4096 if options.model else 2048
   matrix = jnp.ones((side, side), jnp.float32)
   multiply = jax.jit(lambda a: a @ a)
@@ -108,21 +110,25 @@ def main() -> None:
   advantage = jnp.sin(jnp.arange(n, dtype=jnp.float32))
 
   def roll():
-    return program.rollout_fn(program.params, tokens, mask, key)
+    return program.rollout_fn(program.reference, tokens, mask, key)
 
   if options.model:
     rng = np.random.default_rng(0)
-    batch = train_step.RolloutBatch(
+    batch = RolloutBatch(
       tokens=jnp.asarray(rng.integers(0, 8000, (n, span)), jnp.int32),
       token_mask=jnp.ones((n, span), bool),
       completion_mask=jnp.ones((n, length), bool),
       advantage=advantage,
       target=advantage,
       keep=jnp.ones(n),
+      row=jnp.arange(n),
     )
   else:
-    batch = program.present_fn(roll()).replace(advantage=advantage)
-  scores = program.estimate_fn(program.params, batch, key)
+    found = rollout.before_rewards(
+      settings.rollout.prompts, settings.rollout.group_size
+    )
+    batch = program.batch_fn(roll(), found).replace(advantage=advantage)
+  scores = program.estimate_fn(program.reference, batch, key)
   state = program_lib.fresh_state(program)
 
   def measure(fn):
@@ -132,7 +138,9 @@ def main() -> None:
     return taken, result
 
   def update(state):
-    return program.update_fn(state, batch, key, scores, scores)
+    return program.update_fn(
+      state, batch, settings.objective.lambda_, key, scores, scores
+    )
 
   names = ("update",) if options.model else ("rollout", "update")
   seconds = {"matmul": [], **{name: [] for name in names}}
@@ -140,7 +148,7 @@ def main() -> None:
     seconds["matmul"].append(measure(lambda: multiply(matrix))[0])
     if "rollout" in names:
       seconds["rollout"].append(measure(roll)[0])
-    taken, (state, _) = measure(lambda state=state: update(state))
+    taken, (state, *_) = measure(lambda state=state: update(state))
     seconds["update"].append(taken)
   # [name][repeat] -> (wall, CPU); the first one compiles.
   seconds = {name: np.array(taken)[1:] for name, taken in seconds.items()}

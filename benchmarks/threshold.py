@@ -38,17 +38,18 @@ def main() -> None:
   if options.model:
     config.model.path = options.model
   run = settings.build(config, 1)
-  task = tasks.TASKS[run.task["name"]]
-  model = rspo_jax.load_model(run.model["folder"])
+  task = tasks.TASKS[run.task.name]
+  model = rspo_jax.load_model(run.model_folder)
   examples = data.load_examples(task, "validation", run.data)
   examples = [examples[i] for i in range(options.prompts)]
-  prompts, mask, _ = data.encode_prompts(
+  found = data.Prompts(
     examples,
-    lambda e: task.prompt(e, run.task["prompt_style"]),
+    lambda e: task.prompt(e, run.task.prompt_style),
     model.tokenizer.encode,
-    run.prompt_length,
+    run.data.prompt_length,
     model.config.pad_id,
-  )
+  ).batch(np.arange(len(examples)))
+  prompts, mask = found.tokens, found.mask
   sampler = dataclasses.replace(run.greedy, threshold=None)
   for threshold in (None, *map(float, options.thresholds.split(","))):
     out = rspo_jax.generate(

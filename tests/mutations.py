@@ -57,7 +57,7 @@ def _faults():
       ),
       (
         "ddof 0 in advantages",
-        module,
+        "algorithm/advantages.py",
         "rewards.std(1, ddof=1, keepdims=True) + 1e-4",
         "rewards.std(1, ddof=0, keepdims=True) + 1e-4",
         tests,
@@ -74,14 +74,14 @@ def _faults():
       (
         "the gap is differentiated",
         module,
-        "return jax.lax.stop_gradient(settings.lambda_ * (target - estimate))",
-        "return settings.lambda_ * (target - estimate)",
+        "  return jax.lax.stop_gradient(gap)\n",
+        "  return gap\n",
         tests,
         "those_of_the_definition",
       ),
       (
         "equal rewards by rounding",
-        module,
+        "algorithm/advantages.py",
         "return np.where(equal[:, None], 0.0, advantages)",
         "return np.where(equal[:, None], advantages, advantages)",
         tests,
@@ -98,8 +98,8 @@ def _faults():
       (
         "lambda in the other unit",
         module,
-        'if settings.lambda_unit == "sequence" else 1.0',
-        'if settings.lambda_unit == "token" else 1.0',
+        'terms.length if settings.lambda_unit == "sequence" else 1.0',
+        'terms.length if settings.lambda_unit == "token" else 1.0',
         tests,
         "those_of_the_definition",
       ),
@@ -113,15 +113,15 @@ def _faults():
       ),
       (
         "rejection sampling weighs by all groups",
-        module,
-        "(correct * (kept / max(right, 1)))",
-        "(correct * (correct.size / max(right, 1)))",
+        "algorithm/advantages.py",
+        "(correct * (correct.size / max(correct.sum(), 1)))",
+        "(correct * (len(correct) / max(correct.sum(), 1)))",
         tests,
         "rejection",
       ),
       (
         "targets multiply by lambda",
-        module,
+        "algorithm/advantages.py",
         "np.asarray(advantages, np.float64) / lambda_)",
         "np.asarray(advantages, np.float64) * lambda_)",
         tests,
@@ -129,7 +129,7 @@ def _faults():
       ),
       (
         "leave-one-out advantages inverted",
-        module,
+        "algorithm/advantages.py",
         "np.float32(size / (size - 1))",
         "np.float32((size - 1) / size)",
         "algorithm/test_baselines.py",
@@ -153,8 +153,8 @@ def _faults():
       (
         "the clip takes the larger side",
         module,
-        "return jnp.minimum(ratio",
-        "return jnp.maximum(ratio",
+        "return jnp.where(bound < free,",
+        "return jnp.where(bound > free,",
         tests,
         equation + "diffu",
       ),
@@ -217,8 +217,8 @@ def _faults():
       (
         "TraFL's target times u",
         module,
-        "settings.beta / hidden * terms.advantage",
-        "settings.beta * hidden * terms.advantage",
+        "settings.trafl.beta / hidden * terms.advantage",
+        "settings.trafl.beta * hidden * terms.advantage",
         tests,
         equation + "trafl",
       ),
@@ -343,45 +343,45 @@ def _faults():
       ),
     )
   )
-  module, tests = "algorithm/train_step.py", "algorithm/test_train_step.py"
+  module, tests = "algorithm/update.py", "algorithm/test_update.py"
   yield from (
     Fault(*row)
     for row in (
       (
         "gradients summed instead of averaged",
         module,
-        "return (loss * batch.keep).sum() / kept, metrics",
+        "return (loss * batch.keep).sum() / self.kept, metrics",
         "return (loss * batch.keep).sum(), metrics",
         tests,
         "every_way_to_cut and none",
       ),
       (
         "masks by place instead of sequence",
-        module,
-        "    masks = jax.tree.map(lambda x: x[batch.row], masks)\n",
-        "    masks = jax.tree.map(lambda x: x + 0 * x[batch.row], masks)\n",
+        "algorithm/likelihood.py",
+        "  return jax.tree.map(lambda x: x[batch.row], masks)\n",
+        "  return jax.tree.map(lambda x: x + 0 * x[batch.row], masks)\n",
         tests,
         "masks_go_with",
       ),
       (
         "old terms forgotten",
         module,
-        "    if entry.ratio and settings.updates_per_rollout > 1 and old is None:",
-        "    if False and old is None:",
+        "  if plan.ratio and old is None:",
+        "  if False and old is None:",
         tests,
         "old_terms",
       ),
       (
         "early values by place instead of sequence",
         module,
-        "cut.split(values[batch.row])",
-        "cut.split(values)",
+        "cut.split(scores[batch.row])",
+        "cut.split(scores)",
         tests,
         "before_the_rewards",
       ),
       (
         "norms are decayed",
-        module,
+        "algorithm/optimizer.py",
         'names[-1] not in ("scale", "bias")',
         'names[-1] not in ("bias",)',
         tests,
@@ -395,7 +395,7 @@ def _faults():
     for row in (
       (
         "positions after EOS are seen",
-        module,
+        "algorithm/likelihood.py",
         "[before, after & completion_mask]",
         "[before, after]",
         tests,
@@ -404,18 +404,10 @@ def _faults():
       (
         "advantages stay where their rows were",
         module,
-        "advantage=advantages.reshape(-1)[places],",
-        "advantage=advantages.reshape(-1),",
+        "advantage=found.advantage[found.order].reshape(-1),",
+        "advantage=found.advantage.reshape(-1),",
         tests,
         "equal_rewards_are_dropped",
-      ),
-      (
-        "processes deal kept groups to shards of their own only",
-        module,
-        "    for _, groups, shards in split.blocks:\n",
-        "    for _, groups, shards in split.blocks[:1]:\n",
-        tests,
-        "however_many_processes",
       ),
       (
         "all processes judge what they share",
@@ -427,7 +419,7 @@ def _faults():
       ),
       (
         "groups that are all wrong count as solved",
-        "algorithm/objectives.py",
+        "algorithm/advantages.py",
         "np.where(solved & silent,",
         "np.where(silent,",
         tests,
@@ -435,7 +427,7 @@ def _faults():
       ),
       (
         "solved groups forget which completion was better",
-        "algorithm/objectives.py",
+        "algorithm/advantages.py",
         "np.where(solved & silent,",
         "np.where(solved,",
         tests,

@@ -85,6 +85,7 @@ def quick():
       objective=dataclasses.replace(
         settings.objective, skip_equal_groups=False
       ),
+      scores=dataclasses.replace(settings.scores, early=False),
       optimizer=dataclasses.replace(
         settings.optimizer,
         total_steps=settings.optimizer.total_steps
@@ -294,22 +295,37 @@ class CrashError(Exception):
   """What ends a run without any of its own doing."""
 
 
-def disturb(monkeypatch, method, step, action):
-  """Does `action(run)` once, before a method is called at a step."""
-  from rspo_jax.run.runs import Run
+def places():
+  """Where a run can be disturbed: name -> what holds that function."""
+  from rspo_jax.run import evaluate, resume, runs, step, summary
 
-  original, left = getattr(Run, method), [action]
+  return {
+    "train": step,
+    "sample": step,
+    "update": step,
+    "roll_out": step,
+    "evaluate": evaluate,
+    "stop_if_asked": runs.Run,
+    "check_state": resume,
+    "export": summary,
+  }
+
+
+def disturb(monkeypatch, name, step, action):
+  """Does `action(run)` once, before a function of a run is called at a step."""
+  owner, left = places()[name], [action]
+  original = getattr(owner, name)
 
   def wrapped(run, *args):
-    if run.step == step and left:
+    if run.state.step == step and left:
       left.pop()(run)
     return original(run, *args)
 
-  monkeypatch.setattr(Run, method, wrapped)
+  monkeypatch.setattr(owner, name, wrapped)
 
 
 def noted(monkeypatch, **methods):
-  """Notes calls in their order: {name: (class, method)} -> list of names."""
+  """Notes calls in their order: {name: (owner, function)} -> names."""
   events = []
 
   def patched(name, owner, method):
@@ -335,15 +351,24 @@ def ask_to_stop(run):
 
 def crash(run):
   """The end of the process, as far as the run can tell."""
-  raise CrashError(run.step)
+  raise CrashError(run.state.step)
 
 
 def newest(folder, program):
   """The newest checkpoint of a run."""
+  return checkpoint(folder, program)
+
+
+def checkpoint(folder, program, step=None):
+  """A checkpoint of a run; its state as {"train", "ahead"}."""
+  import functools
+
+  from rspo_jax.run import state
   from rspo_jax.storage.checkpoint import Checkpointer
 
   with Checkpointer(folder / "checkpoints") as checkpointer:
-    return checkpointer.restore(program.state_template)
+    template = functools.partial(state.template, program)
+    return checkpointer.restore(template, *[step] * (step is not None))
 
 
 def assert_same_run(folder, whole, program):

@@ -7,7 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from rspo_jax.algorithm import likelihood, objectives, train_step
+from rspo_jax.algorithm import advantages as host
+from rspo_jax.algorithm import likelihood, objectives, scoring
+from rspo_jax.algorithm import update as update_lib
+from rspo_jax.algorithm.microbatches import StepSettings
+from rspo_jax.algorithm.types import RolloutBatch, init_state
 from rspo_jax.models import transformer
 from rspo_jax.models.families import ModelConfig
 
@@ -86,15 +90,16 @@ def batch_of(seed=0, keep=None, normalize=True):
   scored = np.arange(LENGTH) < lengths[:, None]
   prompt = np.arange(PROMPT) >= rng.integers(0, PROMPT, N)[:, None]
   rewards = rng.random((PROMPTS, GROUP))
-  advantage = objectives.group_advantages(rewards, normalize).reshape(-1)
+  advantage = host.group_advantages(rewards, normalize).reshape(-1)
   keep = np.ones(N) if keep is None else np.asarray(keep)
-  return train_step.RolloutBatch(
+  return RolloutBatch(
     tokens=jnp.asarray(tokens, jnp.int32),
     token_mask=jnp.asarray(np.concatenate([prompt, scored], 1)),
     completion_mask=jnp.asarray(scored),
     advantage=jnp.asarray(advantage),
     target=jnp.asarray(advantage / 2.0),
     keep=jnp.asarray(keep, jnp.float32),
+    row=jnp.arange(N),
   )
 
 
@@ -113,27 +118,57 @@ KEY = jax.random.key(7, impl="unsafe_rbg")
 @functools.cache
 def estimate_of(micro_batch=N):
   """Jitted estimate of the tiny model."""
-  settings = train_step.StepSettings(micro_batch)
+  settings = StepSettings(micro_batch)
   return jax.jit(
-    train_step.make_estimate(tiny_logprob, MASK_ID, settings, MASKS)
+    update_lib.make_estimate(tiny_logprob, MASK_ID, settings, MASKS)
   )
+
+
+def make_update(
+  settings,
+  objective,
+  masks=MASKS,
+  optimizer=None,
+  rate=lambda count: 1.0,
+  logprob_fn=tiny_logprob,
+  sequences=N,
+  **options,
+):
+  """`update.make_update` of these settings; descends by the gradient itself.
+
+  Of (state, batch, key, reference, ...), with the settings' own lambda; returns
+  (state, metrics).
+  """
+  plan = scoring.plan(
+    objective,
+    settings,
+    masks.masks,
+    sequences,
+    shared_base=options.get("pair_fn") is not None,
+  )
+  update = update_lib.make_update(
+    logprob_fn,
+    MASK_ID,
+    optimizer or optax.sgd(1.0),
+    rate,
+    settings,
+    masks,
+    objective,
+    plan,
+    **options,
+  )
+
+  def with_lambda(state, batch, *arguments, **more):
+    return update(state, batch, objective.lambda_, *arguments, **more)[:2]
+
+  return with_lambda
 
 
 @functools.cache
 def update_of(objective, micro_batch=N, passes="auto", shards=1):
   """Jitted update; plain descent of rate 1, so that params move by -grad."""
-  settings = train_step.StepSettings(micro_batch, passes, shards=shards)
-  optimizer = optax.sgd(1.0)
-  update = train_step.make_update(
-    tiny_logprob,
-    MASK_ID,
-    optimizer,
-    optax.constant_schedule(1.0),
-    settings,
-    MASKS,
-    objective,
-  )
-  return jax.jit(update), optimizer
+  settings = StepSettings(micro_batch, passes, shards=shards)
+  return jax.jit(make_update(settings, objective)), optax.sgd(1.0)
 
 
 def gradient_of(objective, batch, micro_batch=N, passes="auto", shards=1):
@@ -143,7 +178,7 @@ def gradient_of(objective, batch, micro_batch=N, passes="auto", shards=1):
   params, estimate = tiny_params(), estimate_of()
   reference = estimate(tiny_params(1), batch, KEY)
   policy = estimate(params, batch, KEY)
-  state = train_step.init_state(params, optimizer)
+  state = init_state(params, optimizer)
   after, metrics = update(state, batch, KEY, reference, policy)
   return jax.tree.map(lambda a, b: a - b, params, after.params), metrics
 

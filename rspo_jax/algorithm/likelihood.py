@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from rspo_jax.algorithm.masks import ESTIMATORS, Sequences
+from rspo_jax.algorithm.types import RolloutBatch
 from rspo_jax.config import keys, schema
 
 SCOPES = ("completion", "canvas", "masked_tail")
@@ -142,6 +143,40 @@ def draw_masks(
     tail = jnp.pad(~scored, ((0, 0), (prompt_length, 0)))
     corrupt = corrupt | tail[:, None, None]
   return Masks(corrupt=corrupt, rows=rows, weight=weight)
+
+
+def batch_masks(
+  key: jax.Array, settings: LikelihoodSettings, batch: RolloutBatch
+) -> Masks:
+  """The masks of a batch: drawn in the rollout's order, put in the batch's."""
+  ordered = lambda x: jnp.zeros_like(x).at[batch.row].set(x)  # noqa: E731
+  scored, when = jax.tree.map(
+    ordered, (batch.completion_mask, batch.commit_step)
+  )
+  masks = draw_masks(
+    key, settings, scored, batch.tokens.shape[1] - scored.shape[1], when
+  )
+  return jax.tree.map(lambda x: x[batch.row], masks)
+
+
+def scope_masks(completion_mask, token_mask, scope: str):
+  """Which completion tokens are scored, and which of the canvas are seen.
+
+  Args:
+    completion_mask: bool [n, L], True through the first EOS.
+    token_mask: bool [n, S], False on left padding.
+    scope: key of SCOPES.
+
+  Returns:
+    (scored [n, L], seen [n, S]).
+  """
+  length = completion_mask.shape[1]
+  if scope == "canvas":
+    return jnp.ones_like(completion_mask), token_mask
+  if scope == "completion":
+    before, after = token_mask[:, :-length], token_mask[:, -length:]
+    token_mask = jnp.concatenate([before, after & completion_mask], axis=1)
+  return completion_mask, token_mask
 
 
 def logprobs(

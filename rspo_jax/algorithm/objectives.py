@@ -1,4 +1,4 @@
-"""Advantages, reward-implied targets, and the objectives that use them.
+"""Objectives: what a step minimises.
 
 The optimum of KL-regularised reward maximisation with temperature lambda is
 pi* ~ pi_ref exp(A / lambda), so an advantage is a *target* for the relative
@@ -17,9 +17,9 @@ the direction stays that of s_i. With lambda = 0 it is advantage-weighted ELBO
 and nothing is divided by lambda.
 
 An objective is a pure function (Terms, ObjectiveSettings) -> (loss [N],
-metrics) and an entry of `OBJECTIVES`; `train_step` sums over micro-batches.
-Those of other papers are in baselines.py. The first functions run on the host,
-in numpy, on rewards.
+metrics) and an entry of `OBJECTIVES`; `update` sums over micro-batches. Those
+of other papers are in baselines.py; advantages and targets are made on the
+host, in advantages.py.
 """
 
 import dataclasses
@@ -28,198 +28,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from rspo_jax.algorithm import baselines
+from rspo_jax.algorithm import advantages, baselines
 from rspo_jax.algorithm.baselines import mean as _mean
+from rspo_jax.algorithm.types import Terms
 from rspo_jax.config import keys, schema
-
-
-def group_advantages(rewards: np.ndarray, normalize: bool = True) -> np.ndarray:
-  """Advantage of each completion within its prompt's group.
-
-  (r - mean) / (std + 1e-4) with ddof 1, or r - mean without `normalize`.
-  Exactly 0 where all rewards of a group are equal, which is tested by their
-  extremes: float32 means of equal numbers need not equal them.
-
-  Args:
-    rewards: f32 [b, G].
-    normalize: divide by the group's standard deviation.
-
-  Returns:
-    f32 [b, G].
-
-  Raises:
-    ValueError: a group of one, or a reward that is not finite.
-  """
-  rewards = np.asarray(rewards, np.float64)
-  if rewards.ndim != 2 or rewards.shape[1] < 2:
-    raise ValueError(
-      f"rewards of shape {rewards.shape} have no groups to compare; "
-      "rollout.group_size must be at least 2."
-    )
-  if not np.isfinite(rewards).all():
-    prompt, completion = np.argwhere(~np.isfinite(rewards))[0]
-    raise ValueError(
-      f"the reward of completion {completion} of prompt {prompt} is "
-      f"{rewards[prompt, completion]}; a verifier must return finite numbers."
-    )
-  advantages = rewards - rewards.mean(1, keepdims=True)
-  if normalize:
-    advantages /= rewards.std(1, ddof=1, keepdims=True) + 1e-4
-  equal = equal_groups(rewards)
-  return np.where(equal[:, None], 0.0, advantages).astype(np.float32)
-
-
-def solved_advantages(
-  advantages: np.ndarray, correct: np.ndarray, value: float
-) -> np.ndarray:
-  """Advantages with `value` where a group is all right and its rewards equal.
-
-  Relative rewards say nothing of such a group; with a positive value it is
-  learnt from as rejection sampling does. (Not in the paper, whose value is 0.)
-  Where they differ, among right completions too, they keep the word.
-
-  Args:
-    advantages: f32 [b, G].
-    correct: bool [b, G].
-    value: advantage, >= 0.
-
-  Returns:
-    f32 [b, G].
-  """
-  solved = np.asarray(correct, bool).all(1, keepdims=True)
-  silent = (advantages == 0).all(1, keepdims=True)
-  return np.where(solved & silent, np.float32(value), advantages)
-
-
-def rewarded_advantages(correct: np.ndarray) -> np.ndarray:
-  """Advantage of rejection sampling: N / N+ for right completions, else 0.
-
-  N counts all completions, N+ the right ones: given those that are kept, with
-  or without groups that have none, the mean over them of A_i x_i is the plain
-  mean of x over right completions.
-
-  Args:
-    correct: bool [b, G], of the groups that are kept.
-
-  Returns:
-    f32 [b, G].
-  """
-  correct = np.asarray(correct, bool)
-  return (correct * (correct.size / max(correct.sum(), 1))).astype(np.float32)
-
-
-def others_advantages(rewards: np.ndarray, normalize: bool) -> np.ndarray:
-  """r - mean of the group's other rewards, f32 [b, G] (leave-one-out).
-
-  G / (G - 1) times the difference to the group's own mean.
-  """
-  size = np.asarray(rewards).shape[1]
-  return group_advantages(rewards, normalize) * np.float32(size / (size - 1))
-
-
-def population_advantages(rewards: np.ndarray) -> np.ndarray:
-  """Z-scores with the population's standard deviation, f32 [b, G]."""
-  advantages = group_advantages(rewards, normalize=False)
-  std = np.asarray(rewards, np.float64).std(1, keepdims=True)
-  return (advantages / np.where(std > 0, std, 1.0)).astype(np.float32)
-
-
-def softmax_advantages(rewards: np.ndarray, normalize: bool) -> np.ndarray:
-  """G (w+ - w-), w+ and w- the group's softmax of A and of -A, f32 [b, G].
-
-  Exactly 0 where all rewards of a group are equal.
-  """
-  advantages = group_advantages(rewards, normalize).astype(np.float64)
-
-  def softmax(x):
-    weights = np.exp(x - x.max(1, keepdims=True))
-    return weights / weights.sum(1, keepdims=True)
-
-  size = advantages.shape[1]
-  weights = size * (softmax(advantages) - softmax(-advantages))
-  return weights.astype(np.float32)
-
-
-def process_advantages(
-  advantages: np.ndarray, rewards: np.ndarray, finished: np.ndarray
-) -> np.ndarray:
-  """A + 1[A > 0] R, R what finishing a partial canvas earns over the group.
-
-  R_i = mean over finishes of their rewards - mean of the group's rewards
-  (SAPO, arXiv 2510.01544, as its reviews describe it).
-
-  Args:
-    advantages, rewards: f32 [b, G].
-    finished: f32 [F, b, G], rewards of F completions of each partial canvas.
-  """
-  gain = finished.mean(0) - rewards.mean(1, keepdims=True)
-  return (advantages + (advantages > 0) * gain).astype(np.float32)
-
-
-def equal_groups(rewards: np.ndarray) -> np.ndarray:
-  """bool [b]: groups all of whose rewards [b, G] are the same."""
-  rewards = np.asarray(rewards)
-  return rewards.max(1) == rewards.min(1)
-
-
-def targets(advantages: np.ndarray, lambda_: float) -> np.ndarray:
-  """Reward-implied relative log-ratio A / lambda, f32 like `advantages`.
-
-  In the unit of lambda; zeros, which nothing reads, where lambda is 0.
-  """
-  if lambda_ == 0:
-    return np.zeros_like(advantages, dtype=np.float32)
-  return (np.asarray(advantages, np.float64) / lambda_).astype(np.float32)
-
-
-@struct.dataclass
-class Sizes:
-  """Means over the kept sequences of the whole batch, f32 [].
-
-  Attributes:
-    length: scored tokens.
-    rows: rows that score a token, over all masks.
-    canvases: canvases that score a token.
-  """
-
-  length: jax.Array
-  rows: jax.Array
-  canvases: jax.Array
-
-
-@struct.dataclass
-class Terms:
-  """What an objective sees of N = B * G sequences, groups contiguous.
-
-  Values are scores f32 [N, K], a mask each, nats per token; or, for objectives
-  per token, log-probs of rows f32 [N, U, R].
-
-  Attributes:
-    policy, reference: values under both; zeros where no reference is used.
-    advantage, target: f32 [N].
-    length: f32 [N], scored tokens L_i.
-    keep: f32 [N], 1 for sequences that count, 0 for dropped groups.
-    old: values under the parameters that sampled; None: they are the policy's.
-    lambda_: f32 [N], where lambda follows a target share; None: the settings'.
-    count: f32 [N, K], scored tokens of each canvas.
-    weight: f32 [N, U, C, R], weight of each row in its canvas's score (objectives
-      per token): positive where the row scores a token of the canvas.
-    sizes: means over the batch that sequences are divided by.
-  """
-
-  policy: jax.Array
-  reference: jax.Array
-  advantage: jax.Array
-  target: jax.Array
-  length: jax.Array
-  keep: jax.Array
-  old: jax.Array | None = None
-  lambda_: jax.Array | None = None
-  count: jax.Array | None = None
-  weight: jax.Array | None = None
-  sizes: Sizes | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,37 +79,67 @@ def rspo(terms: Terms, settings: ObjectiveSettings):
     (loss f32 [N], metrics): the mean of loss over kept sequences is the
     objective; metrics are device scalars over kept sequences.
   """
-  relative = terms.policy - jax.lax.stop_gradient(terms.reference)  # [N, K]
-  if not settings.subtract_reference:
-    relative = terms.policy
-  scale = terms.length if settings.lambda_unit == "sequence" else 1.0
-  d = relative.mean(-1)  # [N]
-  centred = d - centre(d, terms.keep, settings)
-  in_unit = scale * d
-  in_unit = in_unit - centre(in_unit, terms.keep, settings)
-  gap = _gap(terms, in_unit, settings)
+  relative, centred, estimate, gap = _compared(terms, settings)
   if settings.gap_masks == "shared":
     loss = -gap * centred
   else:
-    loss = _leave_one_out(terms, relative, scale, settings)
-  metrics = _gap_metrics(terms, relative, centred, in_unit, gap, settings)
+    loss = _leave_one_out(terms, relative, settings)
+  metrics = _gap_metrics(terms, relative, centred, estimate, gap)
   return loss, metrics
 
 
-def _gap(terms, estimate, settings):
+def calibration(
+  terms: Terms, settings: ObjectiveSettings
+) -> dict[str, jax.Array]:
+  """What tells how far the policy has come, of each sequence, f32 [N].
+
+  `relative`, d in nats per token, where a reference is scored; for RSPO also
+  what its gap is made of: `target`, `advantage`, `estimate`, `gap`.
+  """
+  entry = OBJECTIVES[settings.name]
+  if entry.per_token or not entry.uses_reference(settings):
+    return {}
+  relative, _, estimate, gap = _compared(terms, settings)
+  columns = {"relative": relative.mean(-1)}
+  if settings.name == "rspo":
+    columns |= {
+      "estimate": estimate,
+      "gap": gap,
+      "advantage": terms.advantage,
+      "target": terms.target,
+    }
+  return columns
+
+
+def _compared(terms, settings):
+  """(d [N, K], d^ [N], estimate [N], gap [N]); estimate in lambda's unit."""
+  relative = terms.policy
+  if settings.subtract_reference:
+    relative = terms.policy - jax.lax.stop_gradient(terms.reference)
+  d = relative.mean(-1)
+  centred = d - centre(d, terms.keep, settings)
+  in_unit = _scale(terms, settings) * d
+  estimate = in_unit - centre(in_unit, terms.keep, settings)
+  return relative, centred, estimate, _gap(terms, estimate)
+
+
+def _scale(terms, settings):
+  """What makes nats per token those of lambda's unit."""
+  return terms.length if settings.lambda_unit == "sequence" else 1.0
+
+
+def _gap(terms, estimate):
   """Stopped A - lambda * estimate, through the target where it exists."""
   target, advantage = terms.target, terms.advantage
   if estimate.ndim == 2:
     target, advantage = target[:, None], advantage[:, None]
-  if terms.lambda_ is not None:
-    lambda_ = terms.lambda_.reshape(-1, *(1,) * (estimate.ndim - 1))
-    return jax.lax.stop_gradient(advantage - lambda_ * estimate)
-  if settings.lambda_ == 0:
-    return jnp.broadcast_to(advantage, estimate.shape)
-  return jax.lax.stop_gradient(settings.lambda_ * (target - estimate))
+  gap = jnp.where(
+    terms.lambda_ == 0, advantage, terms.lambda_ * (target - estimate)
+  )
+  return jax.lax.stop_gradient(gap)
 
 
-def _leave_one_out(terms, relative, scale, settings):
+def _leave_one_out(terms, relative, settings):
   """Loss [N] whose gap for a draw is computed without that draw."""
   n = relative.shape[0]
   by_draw = relative.reshape(n, -1, settings.draw_size).mean(-1)  # [N, U]
@@ -308,15 +151,15 @@ def _leave_one_out(terms, relative, scale, settings):
       f"{2 * settings.draw_size} or more."
     )
   others = (by_draw.sum(-1, keepdims=True) - by_draw) / (draws - 1)
-  scale = jnp.reshape(scale * jnp.ones(n), (n, 1))
+  scale = jnp.reshape(_scale(terms, settings) * jnp.ones(n), (n, 1))
   others = scale * others
   others = others - centre(others, terms.keep, settings)
-  gap = _gap(terms, others, settings)  # [N, U]
+  gap = _gap(terms, others)  # [N, U]
   centred = by_draw - centre(by_draw, terms.keep, settings)
   return -(gap * centred).mean(-1)
 
 
-def _gap_metrics(terms, relative, centred, in_unit, gap, settings):
+def _gap_metrics(terms, relative, centred, in_unit, gap):
   """Scalars that tell whether the gap is alive and calibrated.
 
   `centred` is in nats per token, `in_unit` the same in the unit of lambda.
@@ -330,9 +173,7 @@ def _gap_metrics(terms, relative, centred, in_unit, gap, settings):
     keep,
   )
   tiny = 1e-12
-  lambda_ = jnp.float32(settings.lambda_)
-  if terms.lambda_ is not None:
-    lambda_ = terms.lambda_.max()
+  lambda_ = jnp.float32(terms.lambda_)
   metrics = {
     "score/policy_mean": _mean(terms.policy.mean(-1), keep),
     "score/relative_mean": _mean(d, keep),
@@ -383,29 +224,6 @@ def sft(terms: Terms, settings: ObjectiveSettings):
   return -policy, {"score/policy_mean": _mean(policy, terms.keep)}
 
 
-LAMBDA_RATE = 0.1  # largest change of log lambda a step
-LAMBDA_RANGE = 1e4  # and from its start, either way
-
-
-def follow_share(lambda_: float, share: float, settings) -> float:
-  """The next lambda: towards that whose share is `settings.lambda_share`.
-
-  By at most a factor exp(0.1) a step: at the start d is 0 and no lambda has a
-  share. Stays within a factor 1e4 of `settings.lambda_`.
-
-  Args:
-    lambda_: the present one.
-    share: `gap/lambda_share` of the last step.
-    settings: start and target share.
-  """
-  step = 1.0
-  if share > 0:
-    step = np.clip(np.log(settings.lambda_share / share), -1.0, 1.0)
-  following = lambda_ * float(np.exp(LAMBDA_RATE * step))
-  start = settings.lambda_
-  return float(np.clip(following, start / LAMBDA_RANGE, start * LAMBDA_RANGE))
-
-
 @dataclasses.dataclass(frozen=True)
 class Objective:
   """An entry of `OBJECTIVES`.
@@ -426,7 +244,7 @@ class Objective:
     needs_difference: groups without a difference say nothing, so that they
       must be dropped.
     finishes: advantages also look at completions of partial canvases
-      (`process_advantages`).
+      (`advantages.process_advantages`).
   """
 
   loss: Callable
@@ -449,14 +267,14 @@ class Objective:
 
 
 def _from_group(rewards, correct, normalize):
-  return group_advantages(rewards, normalize)
+  return advantages.group_advantages(rewards, normalize)
 
 
 OBJECTIVES = {
   "rspo": Objective(rspo, _from_group, span="centring", off_policy=True),
   "rft": Objective(
     rft,
-    lambda rewards, correct, norm: rewarded_advantages(correct),
+    lambda rewards, correct, norm: advantages.rewarded_advantages(correct),
     off_policy=True,
   ),
   "sft": Objective(
@@ -484,13 +302,13 @@ OBJECTIVES = {
   ),
   "wd1": Objective(
     baselines.wd1,
-    lambda rewards, correct, norm: softmax_advantages(rewards, norm),
+    lambda rewards, correct, norm: advantages.softmax_advantages(rewards, norm),
     reference="never",
     off_policy=True,
   ),
   "espo": Objective(
     baselines.espo,
-    lambda rewards, correct, norm: others_advantages(rewards, norm),
+    lambda rewards, correct, norm: advantages.others_advantages(rewards, norm),
     reference="kl",
     ratio=True,
   ),
@@ -510,7 +328,7 @@ OBJECTIVES = {
   ),
   "tracerl": Objective(
     baselines.tracerl,
-    lambda rewards, correct, norm: population_advantages(rewards),
+    lambda rewards, correct, norm: advantages.population_advantages(rewards),
     reference="never",
     per_token=True,
     ratio=True,
@@ -529,6 +347,48 @@ OBJECTIVES = {
     baselines.trafl, _from_group, span="group", off_policy=True
   ),
 }
+
+
+def rollout_advantages(
+  rewards: np.ndarray,
+  correct: np.ndarray,
+  settings: ObjectiveSettings,
+  keep_groups: int = 0,
+  finished: np.ndarray | None = None,
+) -> np.ndarray:
+  """Advantages f32 [B, G] of a whole rollout.
+
+  Args:
+    rewards: f32 [B, G], of all hosts: some advantages are relative to all
+      completions.
+    correct: bool [B, G].
+    settings: the objective, whether groups without a difference are dropped.
+    keep_groups: groups that are kept at most; 0: all.
+    finished: f32 [F, B, G], rewards of completions of partial canvases, for
+      objectives that look at them.
+  """
+
+  def among(rewards, correct):
+    found = OBJECTIVES[settings.name].advantages(
+      rewards, correct, settings.normalize_advantages
+    )
+    if settings.solved_advantage:
+      found = advantages.solved_advantages(
+        found, correct, settings.solved_advantage
+      )
+    return found
+
+  found = among(rewards, correct)
+  if settings.skip_equal_groups:
+    keep = (found != 0).any(1)
+    if keep_groups:
+      keep &= keep.cumsum() <= keep_groups
+    # Anew: some advantages are relative to all completions that are kept.
+    found = np.zeros_like(found)
+    found[keep] = among(rewards[keep], correct[keep])
+  if finished is not None:
+    found = advantages.process_advantages(found, rewards, finished)
+  return found
 
 
 def on_policy_reason(settings: ObjectiveSettings) -> str:

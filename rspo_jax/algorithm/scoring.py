@@ -18,7 +18,8 @@ read it.
 import dataclasses
 import math
 
-from rspo_jax.algorithm import objectives, train_step
+from rspo_jax.algorithm import objectives
+from rspo_jax.algorithm.microbatches import StepSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +115,7 @@ class ScorePlan:
 
 def plan(
   objective: objectives.ObjectiveSettings,
-  step: train_step.StepSettings,
+  step: StepSettings,
   masks: int,
   sequences: int,
   *,
@@ -137,7 +138,6 @@ def plan(
   """
   entry = objectives.OBJECTIVES[objective.name]
   uses_reference = entry.uses_reference(objective)
-  passes = train_step.resolve_passes(step, objective, sequences)
   ratio = ""
   if entry.ratio and stale:
     ratio = "sampler"
@@ -148,9 +148,46 @@ def plan(
     masks=masks,
     uses_reference=uses_reference,
     ratio=ratio,
-    two_passes=passes == "two",
+    two_passes=_two_passes(step, objective, sequences),
     shared_base=shared_base and uses_reference,
     # Dropped groups make waiting cheaper; where the next rollout is under way
     # already, two programs at a time would take room.
     early=entry.reuse and not (objective.skip_equal_groups or stale),
   )
+
+
+def _two_passes(
+  settings: StepSettings, objective: objectives.ObjectiveSettings, total: int
+) -> bool:
+  """Whether the centring set does not lie within a micro-batch, or it is asked.
+
+  A sequence whose masks come one part after another is no whole set either.
+
+  Raises:
+    ValueError: one pass was asked for and would not be exact.
+  """
+  per_shard = settings.micro_batch // settings.shards
+  span = objectives.OBJECTIVES[objective.name].span
+  fits = {
+    "none": True,
+    "group": per_shard % objective.group_size == 0,
+    "batch": settings.micro_batch == total,
+  }[objective.centring if span == "centring" else span]
+  if settings.micro_masks:
+    if settings.passes == "one":
+      raise ValueError(
+        "train.passes='one' differentiates all masks of a sequence together, "
+        f"but train.micro_masks={settings.micro_masks}; use "
+        "train.passes='two', or train.micro_masks=0."
+      )
+    return True
+  if settings.passes == "one" and not fits:
+    what = f"objective.centring={objective.centring!r}"
+    if span != "centring":
+      what = f"objective.name={objective.name!r}, which compares whole groups,"
+    raise ValueError(
+      f"train.passes='one' is not exact with {what} and train.micro_batch="
+      f"{settings.micro_batch}: use train.passes='two', or a multiple of "
+      f"{objective.group_size} sequences a device with groups alone centred."
+    )
+  return settings.passes == "two" or not fits

@@ -318,7 +318,7 @@ class Optimizer:
 
   learning_rate: float = key(1e-4, "peak", at_least=0)
   schedule: str = key("constant",
-    "constant | linear | cosine", table="algorithm.train_step:SCHEDULES")
+    "constant | linear | cosine", table="algorithm.optimizer:SCHEDULES")
   warmup_steps: int = key(0, "updates until the peak", at_least=0)
   final_share: float = key(0.0,
     "last rate / peak, for linear and cosine", at_least=0, at_most=1)
@@ -339,7 +339,7 @@ class Train:
   micro_batch: int = key(32,
     "sequences of one forward-backward, over all devices", at_least=1)
   passes: str = key("auto",
-    "auto | one | two", table="algorithm.train_step:PASSES")
+    "auto | one | two", table="algorithm.microbatches:PASSES")
   micro_masks: int = key(0,
     "masks of each of them in it, whole draws (pairs with complementary), "
     "then in two passes; 0: all", at_least=0)

@@ -8,6 +8,7 @@ is a 1x1x1 mesh: there is no second code path. A dimension that its mesh axis
 does not divide stays whole, so that tiny models run on any mesh.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -124,6 +125,13 @@ def waypoints(mesh: Mesh, wanted: NamedSharding, shape) -> list[NamedSharding]:
 def _names(entry) -> set[str]:
   """Mesh axes of one entry of a spec."""
   return {entry} if isinstance(entry, str) else set(entry or ())
+
+
+@contextlib.contextmanager
+def active(mesh: Mesh):
+  """The context in which jitted functions know their mesh and the rules."""
+  with mesh, nn.logical_axis_rules(RULES):
+    yield
 
 
 def batch_shards(mesh: Mesh) -> int:

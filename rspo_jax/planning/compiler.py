@@ -25,6 +25,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from rspo_jax.devices import sharding
 from rspo_jax.planning import chips, flops, hlo, programs
 
 # How thoroughly the compiler works: "O1" is several times faster and gives
@@ -69,7 +70,7 @@ def compile_call(mesh, call: programs.Call, level: str) -> dict[str, Any]:
     None, "compile_s"}.
   """
   start = time.process_time()
-  with programs.on(mesh):
+  with sharding.active(mesh):
     traced = call.function.trace(*call.arguments)
     lowered = traced.lower(lowering_platforms=("tpu",))
   result = {

@@ -154,8 +154,7 @@ def estimate(
   for name, call in described.calls.items():
     filled = described.given(name) | call.temporaries | working[name]
     needed = sum(filled.values())
-    with programs.on(described.program.mesh):
-      traced = call.function.trace(*call.arguments)
+    traced = call.function.trace(*call.arguments)
     rows[name] = _row(described, name, capacity_bytes) | {
       "hbm_gb": needed / GB,
       "flops": flops.executed(traced.jaxpr, call.trips),

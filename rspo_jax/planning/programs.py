@@ -7,7 +7,6 @@
    FLOPs that it cannot do without.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -21,6 +20,7 @@ from rspo_jax.algorithm import likelihood
 from rspo_jax.devices import sharding
 from rspo_jax.models import adapters, checkpoints, families, fresh, lora
 from rspo_jax.planning import flops
+from rspo_jax.run import loading
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
 
@@ -85,13 +85,6 @@ def chip_bytes(tree) -> float:
   return total
 
 
-@contextlib.contextmanager
-def on(mesh):
-  """The context in which the loop calls jitted functions."""
-  with mesh, nn.logical_axis_rules(sharding.RULES):
-    yield
-
-
 def model_config(settings: settings_lib.Settings) -> families.ModelConfig:
   """Shape of the model that a config names; reads no weights.
 
@@ -116,7 +109,7 @@ def abstract_program(
 ) -> program_lib.Program:
   """The run's Program for devices that are described only."""
   mesh = sharding.make_mesh(*settings.mesh.axes, devices=devices)
-  model = program_lib.abstract_model(settings, config, mesh)
+  model = loading.abstract_model(settings, config, mesh)
   adapter = None
   if settings.adapter_folder:
     found = adapters.load_adapter(settings.adapter_folder, config)[0]
@@ -189,11 +182,10 @@ def describe(program: program_lib.Program) -> Described:
   # One function stands for all scores of a step: the dearest.
   together = scores.before(0).together
   score_fn = program.pair_fn if together else program.estimate_fn
-  with on(mesh):
-    completions = jax.eval_shape(program.rollout_fn, sampled, *prompts, key)
-    batch = by_rows(jax.eval_shape(program.present_fn, completions))
-    scored = (policy if scores.shared_base else program.params, batch, key)
-    values = by_rows(jax.eval_shape(score_fn, *scored))
+  completions = program.rollout_fn.shapes(sampled, *prompts, key)
+  batch = by_rows(program.abstract_batch(completions))
+  scored = (policy if scores.shared_base else program.reference, batch, key)
+  values = by_rows(score_fn.shapes(*scored))
   values = values[0] if together else values
   resident, uses = _resident(program, sampled)
   useful, needed = _useful(program, *batch.tokens.shape)
@@ -204,6 +196,7 @@ def describe(program: program_lib.Program) -> Described:
   update = (
     state,
     batch,
+    settings.objective.lambda_,
     key,
     values if scores.uses_reference and not scores.inside else None,
     values if scores.two_passes else None,
@@ -241,7 +234,7 @@ def _resident(program: program_lib.Program, sampled):
   moments = {"moments": chip_bytes(state.opt_state)}
   if program.lora is None:
     resident = {"weights": chip_bytes(state.params)} | moments
-    resident["reference"] = chip_bytes(program.params)
+    resident["reference"] = chip_bytes(program.reference)
     seen, scoring = ("weights",), ("reference",)
   else:
     resident = {"frozen weights": chip_bytes(program.frozen)}

@@ -15,7 +15,7 @@ prompt length, L completion length.
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ class DataError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PromptBatch:
-  """This process's share of a batch of prompts.
+  """This process's share of a batch of prompts, or a split's in its order.
 
   Attributes:
     tokens: i32 [b, P], padded on the left.
@@ -49,26 +49,7 @@ class PromptBatch:
 
   tokens: np.ndarray
   mask: np.ndarray
-  examples: list[base.Example]
-  cut: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class DemonstrationBatch:
-  """This process's share of a batch of demonstrations.
-
-  Attributes:
-    tokens: i32 [b, P], prompts padded on the left.
-    mask: bool [b, P], False on padding.
-    completion: i32 [b, L], filled up with EOS.
-    corrupt: bool [b], which demonstrations are of mixed quality.
-    cut: bool [b], of whose prompts only the tail is there.
-  """
-
-  tokens: np.ndarray
-  mask: np.ndarray
-  completion: np.ndarray
-  corrupt: np.ndarray
+  examples: Sequence[base.Example]
   cut: np.ndarray
 
 
@@ -212,6 +193,12 @@ class Prompts:
     padding = tokens.shape[1] - self._length[indices]
     return tokens, np.arange(tokens.shape[1]) >= padding[:, None]
 
+  def batch(self, indices: np.ndarray) -> PromptBatch:
+    """Returns some examples with their prompts."""
+    tokens, mask = self.rows(indices)
+    picked = [self.examples[i] for i in indices.tolist()]
+    return PromptBatch(tokens, mask, picked, self.cut[indices])
+
 
 class _Order:
   """The endless order of examples: every epoch reads each once.
@@ -245,40 +232,15 @@ class _Order:
     return found
 
 
-class _Streams:
-  """One random generator that is set to the stream of a position when asked.
-
-  Building a generator takes longer than drawing what a demonstration needs;
-  setting the counter of an existing one does not.
-  """
-
-  def __init__(self, seed: int):
-    self._bits = np.random.Philox(np.random.SeedSequence(seed))
-    self._state = self._bits.state
-    self._generator = np.random.Generator(self._bits)
-
-  def at(self, position: int) -> np.random.Generator:
-    """Returns the generator at the start of a position's stream."""
-    self._state["state"]["counter"][:] = (0, 0, position, 0)
-    self._state["buffer_pos"] = 4  # 4: the buffer of drawn words is empty
-    self._state["has_uint32"] = 0
-    self._bits.state = self._state
-    return self._generator
-
-
 class Batches:
   """Batches by step: `batches[t]` is a function of (seed, t) alone.
 
-  Iterating starts at `start_step` and never ends. `dataset` is the same as a
-  Grain dataset, for those who want to go on from it.
-
   Args:
-    prompts: of the split.
-    make: (prompts, indices i64 [b], positions i64 [b]) -> batch; a position
-      counts examples from the start of the run, over all epochs.
+    make: (indices i64 [b], positions i64 [b]) -> batch; a position counts
+      examples from the start of the run, over all epochs.
+    count: examples of the split.
     batch_size: B, over all processes.
     seed: of the order.
-    start_step: where iteration begins.
     rows: i64 [b], places in a batch of those that this process wants
       (`sharding.Split.held`); None: all.
     shuffle: whether to shuffle each epoch.
@@ -286,12 +248,11 @@ class Batches:
 
   def __init__(
     self,
-    prompts: Prompts,
-    make: Callable[[Prompts, np.ndarray, np.ndarray], Any],
+    make: Callable[[np.ndarray, np.ndarray], Any],
+    count: int,
     batch_size: int,
     seed: int,
     *,
-    start_step: int = 0,
     rows: np.ndarray | None = None,
     shuffle: bool = True,
   ):
@@ -303,35 +264,27 @@ class Batches:
       raise DataError(
         f"row {outside[0]} must be in 0..{batch_size - 1}, the rows of a batch."
       )
-    self._prompts = prompts
     self._make = make
     self._batch_size = batch_size
     self._rows = rows
-    self._start_step = start_step
     if not 0 <= seed < 2**32:
       raise DataError(f"data seed {seed} must be in 0..2^32-1.")
-    self._order = _Order(len(prompts), seed, shuffle)
+    self._order = _Order(count, seed, shuffle)
     # Imported here: it takes most of a second, which a first line of output or
     # a verifier should not wait for.
     import grain
 
-    self.dataset = grain.MapDataset.range(_ENDLESS).map(self._batch)
+    self._dataset = grain.MapDataset.range(_ENDLESS).map(self._batch)
 
   def _batch(self, step: int):
     positions = int(step) * self._batch_size + self._rows
-    return self._make(self._prompts, self._order.indices(positions), positions)
+    return self._make(self._order.indices(positions), positions)
 
   def __getitem__(self, step: int):
     """Returns this process's share of the batch of a step."""
     if not 0 <= step < _ENDLESS:
       raise IndexError(f"step {step} must be in 0..{_ENDLESS - 1}")
-    return self.dataset[step]
-
-  def __iter__(self) -> Iterator[Any]:
-    step = self._start_step
-    while True:
-      yield self[step]
-      step += 1
+    return self._dataset[step]
 
 
 class Ahead:
@@ -375,165 +328,18 @@ class Ahead:
 
 
 def prompt_batches(
-  examples: Sequence[base.Example],
-  prompt: Callable[[base.Example], str],
-  encode: Callable[[str], Sequence[int]],
-  batch_size: int,
-  seed: int,
-  *,
-  prompt_length: int,
-  pad_id: int,
-  long_prompts: str = "refuse",
-  user_text: Callable[[base.Example], str] | None = None,
-  **placement,
+  prompts: Prompts, batch_size: int, seed: int, **placement
 ) -> Batches:
-  """Returns batches of prompts for rollouts.
+  """Returns batches of prompts for rollouts: `Batches` of `PromptBatch`.
 
   Args:
-    examples: see `load_examples`.
-    prompt: example -> text of the prompt.
-    encode: text -> token ids.
-    batch_size: B, over all processes.
-    seed: of the order.
-    prompt_length: P.
-    pad_id: fills the left of shorter prompts.
-    long_prompts, user_text: as in `Prompts`.
-    **placement: start_step, rows and shuffle of `Batches`.
-
-  Returns:
-    `Batches` of `PromptBatch`.
+    prompts: of the split.
+    batch_size, seed, **placement: as of `Batches`.
   """
-
-  def make(prompts, indices, positions):
-    del positions
-    tokens, mask = prompts.rows(indices)
-    picked = [examples[i] for i in indices.tolist()]
-    return PromptBatch(tokens, mask, picked, prompts.cut[indices])
-
-  prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
+  return Batches(
+    lambda indices, positions: prompts.batch(indices),
+    len(prompts),
+    batch_size,
+    seed,
+    **placement,
   )
-  return Batches(prompts, make, batch_size, seed, **placement)
-
-
-def encode_prompts(
-  examples: Sequence[base.Example],
-  prompt: Callable[[base.Example], str],
-  encode: Callable[[str], Sequence[int]],
-  prompt_length: int,
-  pad_id: int,
-  long_prompts: str = "refuse",
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Tokenises all prompts in the order given (evaluation).
-
-  Args:
-    examples: n examples.
-    prompt: example -> text of the prompt.
-    encode: text -> token ids.
-    prompt_length: P.
-    pad_id: fills the left of shorter prompts.
-    long_prompts: as in `Prompts`.
-
-  Returns:
-    tokens i32 [n, P], mask bool [n, P], False on padding, and bool [n], True
-    where only the tail of a prompt was kept.
-
-  Raises:
-    DataError: a prompt longer than P that is to be refused.
-  """
-  prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts
-  )
-  return *prompts.rows(np.arange(len(examples))), prompts.cut
-
-
-def demonstration_batches(
-  examples: Sequence[base.Example],
-  task: base.Task,
-  prompt: Callable[[base.Example], str],
-  encode: Callable[[str], Sequence[int]],
-  batch_size: int,
-  seed: int,
-  *,
-  prompt_length: int,
-  completion_length: int,
-  pad_id: int,
-  eos_id: int,
-  corrupt_share: float = 0.0,
-  long_prompts: str = "refuse",
-  user_text: Callable[[base.Example], str] | None = None,
-  **placement,
-) -> Batches:
-  """Returns batches of demonstrations for supervised training.
-
-  Whether a demonstration is corrupt, and how, is drawn from (seed, position),
-  so it differs from epoch to epoch and not between process counts.
-
-  Args:
-    examples: see `load_examples`.
-    task: gives `demonstration` and `corrupt`.
-    prompt: example -> text of the prompt.
-    encode: text -> token ids.
-    batch_size: B, over all processes.
-    seed: of the order and of the corruption.
-    prompt_length: P.
-    completion_length: L.
-    pad_id: fills the left of shorter prompts.
-    eos_id: fills the right of shorter completions.
-    corrupt_share: expected share of corrupt demonstrations, 0..1.
-    long_prompts, user_text: as in `Prompts`.
-    **placement: start_step, rows and shuffle of `Batches`.
-
-  Returns:
-    `Batches` of `DemonstrationBatch`.
-
-  Raises:
-    DataError: a task without demonstrations, or a share outside 0..1; on
-      reading, a demonstration longer than L.
-  """
-  if task.demonstration is None or (corrupt_share and task.corrupt is None):
-    raise DataError(
-      f"task {task.name} has no {'corrupt ' if task.demonstration else ''}"
-      "demonstrations, which supervised training on it would need."
-    )
-  if not 0.0 <= corrupt_share <= 1.0:
-    raise DataError(f"corrupt_share={corrupt_share} must be in 0..1.")
-  streams = _Streams(seed)
-  clean_ids: dict[int, Sequence[int]] = {}
-
-  def encode_answer(text: str) -> Sequence[int]:
-    try:
-      ids = encode(text)
-    except ValueError as error:
-      raise DataError(f"demonstration {text[:60]!r}: {error}") from error
-    if len(ids) > completion_length:
-      raise DataError(
-        f"the demonstration {text[:60]!r} has {len(ids)} tokens, more than"
-        f" sampler.completion_length={completion_length}; set that to at least"
-        f" {len(ids)}."
-      )
-    return ids
-
-  def make(prompts, indices, positions):
-    tokens, mask = prompts.rows(indices)
-    corrupt = np.zeros(len(indices), bool)
-    completion = np.full((len(indices), completion_length), eos_id, np.int32)
-    pairs = zip(indices.tolist(), positions.tolist(), strict=True)
-    for row, (index, position) in enumerate(pairs):
-      rng = streams.at(position) if corrupt_share else None
-      if rng is not None and rng.random() < corrupt_share:
-        corrupt[row] = True
-        ids = encode_answer(task.corrupt(examples[index], rng))
-      else:
-        ids = clean_ids.get(index)
-        if ids is None:
-          ids = encode_answer(task.demonstration(examples[index]))
-          clean_ids[index] = ids
-      completion[row, : len(ids)] = ids
-    cut = prompts.cut[indices]
-    return DemonstrationBatch(tokens, mask, completion, corrupt, cut)
-
-  prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
-  )
-  return Batches(prompts, make, batch_size, seed, **placement)

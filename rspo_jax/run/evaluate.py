@@ -3,42 +3,32 @@
 Always the same prompts, the first ones of the split, and an own random stream:
 an evaluation neither depends on the training step nor disturbs it.
 
-1. `run` samples one completion of each prompt, or several, and judges them.
+1. `decode` samples one completion of each prompt, or several, and judges them.
 2. `metrics` are the numbers of a greedy and a sampled evaluation: shares of
    right completions with 95 % intervals, pass@k, forwards and speed.
 3. `by_difficulty` splits them by what the task calls difficulty.
+4. `evaluate` does it for a run, and keeps what it finds.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
+import pathlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from rspo_jax.algorithm import train_step
+from rspo_jax.algorithm import streams
 from rspo_jax.devices import sharding
-from rspo_jax.reporting import tables
-from rspo_jax.run import rollout
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-  """Tokenised prompts of a split.
-
-  Attributes:
-    tokens: i32 [n, P], left-padded.
-    mask: bool [n, P].
-    examples: n examples.
-    cut: prompts of which only the tail is there.
-  """
-
-  tokens: np.ndarray
-  mask: np.ndarray
-  examples: Sequence[dict]
-  cut: int = 0
+from rspo_jax.reporting import tables, transcripts
+from rspo_jax.run import data, rollout
+from rspo_jax.run.data import PromptBatch
+from rspo_jax.run.program import Program
+from rspo_jax.run.runs import Run
+from rspo_jax.run.settings import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,10 +134,10 @@ def ks_of(samples: int) -> list[int]:
   return [1 << i for i in range((samples - 1).bit_length())] + [samples]
 
 
-def run(
+def decode(
   rollout_fn: Callable,
   params,
-  prompts: Prompts,
+  prompts: PromptBatch,
   batch: int,
   mesh,
   seed: int,
@@ -156,35 +146,29 @@ def run(
   on_batch: Callable[[int, int], None] = lambda done, total: None,
   *,
   samples: int = 1,
-  warm: bool = False,
   denoising: Callable = lambda tokens, scored, commit_step: None,
 ) -> Result:
   """Samples completions of every prompt and judges them.
 
   Args:
-    rollout_fn: jitted (params, prompts [batch, P], mask, key) -> Completions
-      with group size 1.
+    rollout_fn: `Compiled` (params, prompts [batch, P], mask, key) ->
+      Completions with group size 1.
     params: parameters on the device.
-    prompts: all prompts; each process reads its own rows of every batch.
+    prompts: all n; each process reads its own rows of every batch.
     batch: prompts decoded together, over all devices; the last batch is
       filled up with its first prompt and cut.
-    mesh: the device mesh.
-    seed: of the run; the EVAL stream is folded with the batch's index.
+    mesh: of the devices.
+    seed: of the run.
     judge: (examples, texts) -> `rollout.Judged`.
     to_text: (tokens [n, L], mask [n, L]) -> texts.
-    on_batch: called after each batch with (completions done, in all); may
-      raise to give up.
-    samples: m, completions of a prompt; the first of them are those of an
-      evaluation with fewer.
-    warm: whether `rollout_fn` is compiled, so that its first batch tells its
-      speed too.
+    on_batch: called with (completions done, all of them) after each batch.
+    samples: completions of a prompt, m.
     denoising: (tokens [n, L], mask [n, L], commit_step [n, L]) -> a dict for
       each row of the result, or None.
 
   Returns:
     `Result` over all prompts, the same on every process.
   """
-
   split = sharding.split(mesh, batch)
   total = len(prompts.examples)
   starts = range(0, total, batch)
@@ -193,61 +177,68 @@ def run(
   for sample, (index, start) in itertools.product(
     range(samples), enumerate(starts)
   ):
-    picked = start + split.held
-    picked = np.where(picked < total, picked, start)
+    places = start + split.held
+    real = places < total
+    picked = np.where(real, places, start)
     tokens, mask = sharding.put_global(
       mesh, (prompts.tokens[picked], prompts.mask[picked])
     )
-    key = train_step.stream_key(
-      seed, sample * len(starts) + index, train_step.EVAL
-    )
-    before = time.perf_counter()
+    key = streams.stream_key(seed, sample * len(starts) + index, streams.EVAL)
+    # A first batch compiles, and tells nothing of the speed.
+    warm, before = rollout_fn.called, time.perf_counter()
     out = rollout_fn(params, tokens, mask, key)
     length = out.completion_mask.shape[1]
     completions = sharding.local_rows(out.tokens)[split.own, -length:]
     scored = sharding.local_rows(out.completion_mask)[split.own]
-    real = start + split.held[split.own] < total
-    picked = picked[split.own]
+    real, picked = real[split.own], picked[split.own]
     calls.append(int(out.denoiser_calls))
     if warm:
       seconds += time.perf_counter() - before
       decoded += int(scored[real].sum())
-    warm = True
-    examples = [prompts.examples[i] for i in picked]
-    judged = judge(examples, to_text(completions, scored))
-    lengths = scored.sum(1)
+    judged = judge(
+      [prompts.examples[i] for i in picked], to_text(completions, scored)
+    )
     played = denoising(
       completions, scored, sharding.local_rows(out.commit_step)[split.own]
     )
-    for i in np.flatnonzero(real):
-      rows.append(
-        {
-          "index": int(picked[i]),
-          **({"sample": sample} if samples > 1 else {}),
-          "completion": judged.texts[i],
-          **rollout.verdict_row(judged.verdicts[i]),
-          "length": int(lengths[i]),
-          **(played[i] if played else {}),
-        }
-      )
+    found = _rows(picked, judged, scored, played)
+    numbered = {"sample": sample} if samples > 1 else {}
+    rows += [found[i] | numbered for i in np.flatnonzero(real)]
     on_batch(sample * total + min(start + batch, total), samples * total)
-  rows = sorted(
-    sharding.gather_json(rows),
-    key=lambda row: (row["index"], row.get("sample", 0)),
-  )
+  rows = sharding.gather_json(rows)
+  rows.sort(key=lambda row: (row["index"], row.get("sample", 0)))
   decoded = sum(sharding.gather_json([decoded]))
-  verdicts = [row["verdict"] for row in rows]
+  speed = decoded / seconds if seconds else None
+  return _result(rows, (total, samples), float(np.mean(calls)), speed)
+
+
+def _rows(index, judged, scored, played) -> list[dict[str, Any]]:
+  """Completions with their verdicts, as files have them."""
+  return [
+    {
+      "index": int(index[i]),
+      "completion": text,
+      **rollout.verdict_row(judged.verdicts[i]),
+      "length": int(scored[i].sum()),
+      **(played[i] if played else {}),
+    }
+    for i, text in enumerate(judged.texts)
+  ]
+
+
+def _result(rows, shape, calls: float, tokens_per_s: float | None) -> Result:
+  """The result of rows in their order, of n prompts with m samples each."""
 
   def table(values, dtype):
-    return np.array(values, dtype).reshape(total, samples)
+    return np.array(list(values), dtype).reshape(shape)
 
   return Result(
-    correct=table([verdict["correct"] for verdict in verdicts], bool),
-    rewards=table([verdict["reward"] for verdict in verdicts], np.float32),
-    lengths=table([row["length"] for row in rows], np.int64),
+    correct=table((row["verdict"]["correct"] for row in rows), bool),
+    rewards=table((row["verdict"]["reward"] for row in rows), np.float32),
+    lengths=table((row["length"] for row in rows), np.int64),
     rows=rows,
-    denoiser_calls=float(np.mean(calls)),
-    tokens_per_s=decoded / seconds if seconds else None,
+    denoiser_calls=calls,
+    tokens_per_s=tokens_per_s,
   )
 
 
@@ -313,3 +304,79 @@ def by_difficulty(
       }
     )
   return rows
+
+
+def prompts_of(program: Program, split: str, count: int) -> PromptBatch:
+  """The first `count` prompts of a split (0: all), tokenised."""
+  examples = data.load_examples(program.task, split, program.settings.data)
+  if count:
+    examples = examples[:count]
+  return program.prompts(examples).batch(np.arange(len(examples)))
+
+
+def evaluate(
+  run: Run, stem: pathlib.Path, evaluation: Evaluation | None = None
+) -> tuple[dict[str, float], Result]:
+  """Greedy and sampled evaluation; completions go to STEM-<kind>.jsonl.
+
+  Args:
+    run: what is evaluated; keeps the metrics.
+    stem: folder and beginning of the files' names.
+    evaluation: one of --mode=eval; None: as during training.
+
+  Returns:
+    (metrics, the greedy decoding).
+
+  Raises:
+    Interrupted: a signal came.
+  """
+  settings, state = run.settings, run.state
+  label, seed, samplers = "", settings.run.seed, settings
+  if evaluation is not None:
+    label = f"{tables.sampler_name(evaluation.greedy)}, "
+    label += f"{evaluation.greedy.completion_length} tokens, "
+    seed, samplers = evaluation.seed, evaluation
+  greedy, sampled = (
+    _decoded(run, stem, kind, label, getattr(samplers, kind), seed, samples)
+    for kind, samples in (("greedy", 1), ("sampled", settings.eval.samples))
+  )
+  values = metrics(greedy, sampled)
+  if settings.data.long_prompts == "keep_tail":
+    values["eval/cut_prompts"] = int(run.eval_prompts.cut.sum())
+  state.first_eval = state.first_eval or values
+  state.last_eval = values
+  difficulty = run.program.task.difficulty
+  labels = [difficulty(e) for e in run.eval_prompts.examples if difficulty]
+  state.by_difficulty = by_difficulty(labels, greedy, sampled)
+  run.writer.table(
+    tables.decodings(values),
+    title=f"{settings.eval.split} at step {state.step}, n = {values['eval/n']}",
+  )
+  run.writer.table(tables.passes(values))
+  # Not between the steps of a run, which has other things to say.
+  if evaluation is not None or state.step == settings.run.steps:
+    run.writer.table(tables.difficulties(state.by_difficulty))
+  return values, greedy
+
+
+def _decoded(run, stem, kind, label, sampler, seed, samples) -> Result:
+  """One of an evaluation's decodings, written to its file."""
+  program = run.program
+  result = decode(
+    program.evaluation_fn(sampler, f"{label}{kind} evaluation"),
+    program.for_sampling(run.policy),
+    run.eval_prompts,
+    run.settings.eval.batch,
+    program.mesh,
+    seed,
+    program.judge,
+    program.to_text,
+    run.stop_if_asked,
+    samples=samples,
+    denoising=functools.partial(transcripts.denoising_rows, program.pieces),
+  )
+  run.write_rows(
+    stem.with_name(f"{stem.name}-{kind}.jsonl"),
+    ({"prompt": run.prompt_text(row["index"])} | row for row in result.rows),
+  )
+  return result

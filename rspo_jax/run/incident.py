@@ -1,7 +1,7 @@
 """What a run does about numbers that are not numbers.
 
 1. The update itself refuses a step whose loss, gradient or scores are not
-   finite (train_step.py): parameters and moments stay as they were.
+   finite (algorithm/update.py): parameters and moments stay as they were.
 2. `write` puts what the step was made of into `incident/step_00000004/`:
    `incident.json` (values, seed, random keys, texts) and one
    `arrays-<process>.safetensors` a process. `load` reads it back, so that the

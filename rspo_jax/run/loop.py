@@ -1,30 +1,36 @@
 """The one loop: build, jit with shardings, run, log, save, resume.
 
-What a step does is in rspo_jax/run/runs.py.
+What a step does is in step.py.
 """
 
 import contextlib
-import dataclasses
-import functools
-import json
 import os
 import sys
-import time
 import traceback
-from typing import Any
 
 import jax
 
 from rspo_jax.config import identity
 from rspo_jax.devices import processes, workers
 from rspo_jax.devices.interrupt import Interrupt
-from rspo_jax.reporting import metrics, profiler, tables
-from rspo_jax.run import collapse, data, incident, preflight, summary
+from rspo_jax.reporting import metrics, profiler
+from rspo_jax.run import (
+  data,
+  demonstrations,
+  evaluate,
+  evaluations,
+  incident,
+  preflight,
+  resume,
+  step,
+  summary,
+)
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
 from rspo_jax.run import workdir as workdir_lib
-from rspo_jax.run.runs import Interrupted, Run, Sampled
-from rspo_jax.storage import files, mirror
+from rspo_jax.run.runs import Interrupted, Run
+from rspo_jax.run.state import RunState
+from rspo_jax.storage import mirror
 from rspo_jax.storage.checkpoint import (
   Checkpointer,
   CheckpointError,
@@ -122,9 +128,20 @@ def _guarded(settings, home, writer, interrupt, stack, resolved, mode) -> int:
     with writer.phase("preparing model and data"):
       if mode == "train":
         preflight.check_memory(settings)
-      run = Run(program_lib.build(settings), home, writer, interrupt, resolved)
+      program = program_lib.build(settings)
+      run = Run(
+        program,
+        RunState(settings.objective.lambda_),
+        home,
+        writer,
+        interrupt,
+        resolved,
+        evaluate.prompts_of(
+          program, settings.eval.split, settings.eval.prompts
+        ),
+      )
       if mode == "eval":
-        source = _load_evaluated(run)
+        source = evaluations.load_evaluated(run)
       else:
         preflight.check_disk(run.program, home.address)
         batches = open_batches(run)
@@ -141,8 +158,11 @@ def _guarded(settings, home, writer, interrupt, stack, resolved, mode) -> int:
     return MISTAKE
   try:
     if mode == "eval":
-      return evaluate_only(run, source)
+      evaluations.evaluate_all(run, source)
+      return DONE
     return train(run, batches)
+  except Interrupted:
+    return INTERRUPTED
   except (data.DataError, CheckpointMismatch) as error:
     writer.fail(error)
     return MISTAKE
@@ -180,29 +200,23 @@ def open_batches(run: Run):
     DataError: the data, or its first batch, cannot be used.
   """
   settings, program = run.settings, run.program
-  examples = data.load_examples(program.task, "train", settings.data)
-  common = dict(
-    prompt=program.prompt,
-    user_text=program.user_text,
-    encode=program.model.tokenizer.encode,
-    prompt_length=settings.data.prompt_length,
-    pad_id=program.model.config.pad_id,
-    long_prompts=settings.data.long_prompts,
-    batch_size=settings.rollout.prompts,
-    seed=settings.run.seed,
-    rows=run.split.held,
+  prompts = program.prompts(
+    data.load_examples(program.task, "train", settings.data)
   )
+  where = (settings.rollout.prompts, settings.run.seed)
   if settings.supervised:
-    batches = data.demonstration_batches(
-      examples,
-      task=program.task,
+    batches = demonstrations.demonstration_batches(
+      prompts,
+      program.task,
+      program.model.tokenizer.encode,
+      *where,
       completion_length=settings.sampler.completion_length,
       eos_id=program.model.config.eos_id,
       corrupt_share=settings.data.corrupt_share,
-      **common,
+      rows=run.split.held,
     )
   else:
-    batches = data.prompt_batches(examples, **common)
+    batches = data.prompt_batches(prompts, *where, rows=run.split.held)
   batches[0]
   return data.Ahead(batches, settings.run.steps)
 
@@ -211,80 +225,38 @@ def train(run: Run, batches) -> int:
   """Trains to the last step, from the newest good checkpoint if any.
 
   A step's row of metrics is written when its evaluation, where one is due, is
-  done; until then its values wait in `pending`, in a checkpoint too, so that
-  a run that is interrupted in between gets the same row.
+  done; until then its values wait in `RunState.pending`, in a checkpoint too,
+  so that a run that is interrupted in between gets the same row.
   """
-  settings, writer = run.settings, run.writer
-  steps, every = settings.run.steps, settings.eval.every
-  checkpointer = Checkpointer(
-    run.home.address / "checkpoints",
-    keep_last=settings.run.keep_checkpoints,
-    keep_every=settings.run.keep_every,
-    keep_best=settings.run.keep_best,
-  )
-  with checkpointer, contextlib.closing(batches):
-    pending = _restore(run, checkpointer, batches)
+  writer, steps = run.writer, run.settings.run.steps
+  with (
+    resume.open_checkpoints(run) as checkpointer,
+    contextlib.closing(batches),
+  ):
+    resume.restore(run, checkpointer, batches)
     workdir_lib.take_config(run)
     writer.debug(summary.described(run))
-
-    def save(score=None):
-      if run.saved_step == run.step:
-        return
-      start = time.perf_counter()
-      run.check_state()
-      # First: a checkpoint must not know rows that the bucket does not have.
-      run.mirror()
-      checkpointer.save(run.step, run.saved, _extra(run, pending), score)
-      run.saved_step = run.step
-      run.count_seconds("time/save_s", time.perf_counter() - start)
-
     profile = profiler.Profiler(
       run.workdir / "profile",
-      settings.run.profile if run.main_process else 0,
+      run.settings.run.profile if run.main_process else 0,
       writer.table,
       writer.warn,
     )
-    while True:
-      last = run.step == steps
-      if pending is not None:
-        score = None
-        if run.step in (0, steps) or (every and run.step % every == 0):
-          if run.interrupt.agreed(run.step):
-            break
-          try:
-            stem = run.workdir / "samples" / f"eval-{run.step:06d}"
-            pending |= run.evaluate(stem)
-          except Interrupted:
-            break
-          score = pending["eval/accuracy"]
-        try:
-          writer.write(run.step, pending)
-        except metrics.NonFiniteMetric:
-          # Said, and kept in incident/, when the step was made.
-          if not run.tally.in_a_row:
-            raise
-        pending = None
-        limit = settings.run.non_finite_limit
-        if limit and run.tally.in_a_row >= limit:
-          _give_up(run, checkpointer)
-        scored = settings.run.keep_best and score is not None
-        if (
-          last
-          or scored
-          or (run.step and run.step % settings.run.checkpoint_every == 0)
-        ):
-          save(score)
-      if last or run.interrupt.agreed(run.step):
-        break
-      try:
+    try:
+      while True:
+        if run.state.pending is not None:
+          _end_of_step(run, checkpointer)
+        if run.state.step == steps:
+          break
+        run.stop_if_asked()
         with profile.step():
-          pending = run.train_one(batches)
-      except Interrupted:
-        break
-      writer.debug(summary.timed(run.step, pending))
+          run.state.pending = step.train(run, batches)
+        writer.debug(summary.timed(run.state.step, run.state.pending))
+    except Interrupted:
+      pass
     profile.close()
-    if not last or pending is not None:
-      save()
+    if run.state.step < steps or run.state.pending is not None:
+      resume.save(run, checkpointer)
       checkpointer.wait()
       writer.say("Saved; the same command goes on from here.")
       return INTERRUPTED
@@ -292,182 +264,32 @@ def train(run: Run, batches) -> int:
   return DONE
 
 
-def _give_up(run: Run, checkpointer: Checkpointer) -> None:
-  """Ends a run whose last steps were not finite, at its last good state.
-
-  Steps that are not applied leave parameters and moments alone, so the last
-  good state is still at hand, under a later number.
+def _end_of_step(run: Run, checkpointer: Checkpointer) -> None:
+  """What is due after a step, or before the first: evaluation, row, save.
 
   Raises:
-    incident.IncidentError: always.
+    Interrupted: a signal came; the row is still to be written.
   """
-  count = run.tally.in_a_row
-  step = run.step - count
-  kept = "the checkpoints before them are kept"
-  if not run.tally.applied:
-    run.check_state()
-    # One update a step, or several.
-    updates = int(run.state.step)
-    behind = updates - updates * step // run.step
-    run.step = step
-    run.computed -= run.tally.wasted
-    run.tally.not_finite -= count
-    run.tally.in_a_row = run.tally.wasted = 0
-    if run.saved_step != step:
-      # What was sampled since is of later steps.
-      run.ahead = None
-      state = run.state.replace(step=run.state.step - behind)
-      checkpointer.save(step, state, _extra(run, None))
-    checkpointer.wait()
-    kept = f"the last good state, of step {step}, is saved"
-  raise incident.IncidentError(
-    f"{count} steps in a row up to step {step + count} were not finite; "
-    f"{kept}. What they were made of is in {run.workdir / incident.FOLDER}. "
-    "Look there for the culprit; run.non_finite_limit=0 goes on regardless."
-  )
-
-
-def _extra(run: Run, pending: dict | None) -> dict[str, Any]:
-  """What a checkpoint keeps beside the state."""
-  return {
-    "first_eval": run.first_eval,
-    "last_eval": run.last_eval,
-    "by_difficulty": run.by_difficulty,
-    "seconds": run.seconds,
-    "computed": run.computed,
-    "lambda": run.lambda_,
-    "ahead": None if run.ahead is None else {"seconds": run.ahead.seconds},
-    "pending": incident.encode(pending),
-    "tally": dataclasses.asdict(run.tally),
-    "watch": dataclasses.asdict(run.watch),
-  }
-
-
-def template_of(program: program_lib.Program, extra: dict[str, Any]):
-  """The tree of a checkpoint that has this beside it."""
-  # Absent in checkpoints of earlier versions.
-  ahead = program.ahead_template() if extra.get("ahead") else None
-  return program.state_template.replace(ahead=ahead)
-
-
-def _restore(run: Run, checkpointer: Checkpointer, batches):
-  """Sets the run to its newest good checkpoint, or to the start.
-
-  Returns:
-    Values of the row that is still to be written, or None.
-
-  Raises:
-    CheckpointMismatch: the run is past the last step that is asked for.
-  """
-  writer = run.writer
-  restored = checkpointer.restore(functools.partial(template_of, run.program))
-  steps = run.settings.run.steps
-  if restored is None:
-    run.state = program_lib.fresh_state(run.program)
-    pending, messages = {}, writer.truncate_to(-1)
-  else:
-    if restored.step > steps:
-      raise CheckpointMismatch(
-        f"run.steps={steps}, but the run has reached step {restored.step}; "
-        "use at least that, or another --workdir."
-      )
-    extra = restored.extra
-    run.state, run.step = restored.state.replace(ahead=None), restored.step
-    run.saved_step = restored.step
-    ahead = restored.state.ahead
-    if ahead is not None and run.settings.rollout.stale_steps:
-      seconds = extra["ahead"]["seconds"]
-      run.ahead = Sampled(run.step, batches[run.step], **ahead, seconds=seconds)
-    run.first_eval, run.last_eval = extra["first_eval"], extra["last_eval"]
-    run.seconds = extra["seconds"]
-    # Absent in checkpoints of earlier versions.
-    run.by_difficulty = extra.get("by_difficulty", [])
-    run.computed = extra.get("computed", 0.0)
-    run.lambda_ = extra.get("lambda", run.lambda_)
-    run.tally = incident.Tally(**extra.get("tally", {}))
-    run.watch = collapse.Watch(**extra.get("watch", {}))
-    pending = incident.decode(extra["pending"])
-    rows = run.step - (pending is not None)
-    messages = restored.messages + writer.truncate_to(rows)
-    writer.say(f"Going on from step {run.step} of {steps}.")
-  for message in messages:
-    writer.warn(message)
-  return pending
-
-
-def _load_evaluated(run: Run) -> str:
-  """Loads what is to be evaluated: DIR's last checkpoint, or model.path.
-
-  Returns:
-    Its name.
-
-  Raises:
-    ValueError: there is neither, or the checkpoint cannot be used.
-  """
-  folder = run.home.address / "checkpoints"
-  path = run.settings.model.path
-  before = identity.read_config(run.home.address)
-  if before is not None and before["model"].get("path") == path:
-    with Checkpointer(folder) as checkpointer:
-      try:
-        template = functools.partial(template_of, run.program)
-        restored = checkpointer.restore(template)
-      except CheckpointError as error:
-        raise ValueError(str(error)) from error
-    if restored is not None:
-      for message in restored.messages:
-        run.writer.warn(message)
-      run.state, run.step = restored.state, restored.step
-      run.saved_step = run.step
-      return f"{folder} at step {restored.step}"
-  if not path:
-    raise ValueError(
-      f"--workdir={run.home.address} holds no checkpoint and model.path is empty: "
-      "there is nothing to evaluate; give one of them."
-    )
-  return path
-
-
-def evaluate_only(run: Run, source: str) -> int:
-  """Evaluates and prints one line an evaluation; writes DIR/eval/ alone."""
-  settings, folder = run.settings, run.workdir / "eval"
-  for evaluation in settings.evaluations:
-    length = evaluation.greedy.completion_length
-    parts = [settings.eval.split, str(length), evaluation.name]
-    parts = [*filter(None, parts), f"step{run.step:06d}"]
-    line = {
-      "model": source,
-      "split": settings.eval.split,
-      "step": run.step,
-      "completion_length": length,
-      "sampler": tables.sampler_name(evaluation.greedy),
-      "temperature": evaluation.sampled.temperature,
-      "samples": settings.eval.samples,
-      "seed": evaluation.seed,
-      "task": settings.task.name,
-      "protocol": settings.task.protocol,
-    }
-    stem = tables.free_stem(folder / "-".join(parts), line)
-    try:
-      values = run.evaluate(stem, evaluation)
-    except Interrupted:
-      return INTERRUPTED
-    line |= values | {"by_difficulty": run.by_difficulty}
-    if run.main_process:
-      files.write_json(folder / f"{stem.name}.json", line)
-      print(json.dumps(line), flush=True)
-      if settings.eval.d1_files:
-        texts = [row["completion"] for row in run.greedy_rows]
-        name, document = tables.d1_document(
-          settings.task.name,
-          run.eval_prompts.examples,
-          [run.prompt_text(i) for i in range(len(texts))],
-          texts,
-          evaluation.greedy,
-          source,
-        )
-        (folder / "d1" / evaluation.name).mkdir(parents=True, exist_ok=True)
-        files.write_json(folder / "d1" / evaluation.name / name, document)
-  if run.main_process and len(settings.evaluations) > 1:
-    run.writer.table(tables.table(tables.read([folder])))
-  return DONE
+  settings, state = run.settings.run, run.state
+  score, every = None, run.settings.eval.every
+  if state.step in (0, settings.steps) or (every and state.step % every == 0):
+    run.stop_if_asked()
+    stem = run.workdir / "samples" / f"eval-{state.step:06d}"
+    state.pending |= evaluate.evaluate(run, stem)[0]
+    score = state.pending["eval/accuracy"]
+  try:
+    run.writer.write(state.step, state.pending)
+  except metrics.NonFiniteMetric:
+    # Said, and kept in incident/, when the step was made.
+    if not state.tally.in_a_row:
+      raise
+  state.pending = None
+  limit = settings.non_finite_limit
+  if limit and state.tally.in_a_row >= limit:
+    resume.give_up(run, checkpointer)
+  if (
+    state.step == settings.steps
+    or (settings.keep_best and score is not None)
+    or (state.step and state.step % settings.checkpoint_every == 0)
+  ):
+    resume.save(run, checkpointer, score)

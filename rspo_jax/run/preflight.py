@@ -18,6 +18,7 @@ import numpy as np
 from rspo_jax.config import schema
 from rspo_jax.devices import sharding
 from rspo_jax.models import checkpoints
+from rspo_jax.run import loading
 from rspo_jax.run import program as program_lib
 from rspo_jax.run import settings as settings_lib
 
@@ -124,7 +125,7 @@ def resident_bytes(program: program_lib.Program) -> int:
     lambda x: jax.ShapeDtypeStruct(x.shape, np.float32, sharding=x.sharding),
     program.state_template.params,
   )
-  held = (program.params, program.state_template, gradient)
+  held = (program.reference, program.state_template, gradient)
   return sum(
     int(np.prod(x.sharding.shard_shape(x.shape), dtype=np.int64))
     * np.dtype(x.dtype).itemsize
@@ -168,7 +169,7 @@ def _sketch(settings: settings_lib.Settings) -> program_lib.Program:
   """The program of a run without its weights."""
   mesh = sharding.make_mesh(*settings.mesh.axes)
   config = checkpoints.load_config(settings.model_folder).config
-  model = program_lib.abstract_model(settings, config, mesh)
+  model = loading.abstract_model(settings, config, mesh)
   return program_lib.assemble(settings, model, mesh)
 
 

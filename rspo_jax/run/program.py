@@ -1,14 +1,14 @@
 """Everything a run computes with: model, data layout and compiled functions.
 
 `build` loads the model onto the mesh and prepares the jitted functions; it
-compiles nothing and reads no data. A run (`runs.py`) calls them one after
-another; the planner (`planning/programs.py`) compiles them for a mesh that is not there,
-with an `abstract_model`.
+compiles nothing and reads no data. A step (`step.py`) calls them one after
+another; the planner (`planner.py`) compiles them for a mesh that is not there,
+with an abstract model (`loading.py`).
 """
 
 import dataclasses
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,42 +16,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rspo_jax import tasks
-from rspo_jax.algorithm import objectives, train_step
+from rspo_jax.algorithm import objectives, types, update
+from rspo_jax.algorithm import optimizer as optimizers
 from rspo_jax.devices import sharding
-from rspo_jax.models import (
-  adapters,
-  attention,
-  checkpoints,
-  families,
-  fresh,
-  functions,
-  lora,
-  transformer,
-)
+from rspo_jax.models import checkpoints, families, functions, lora, transformer
 from rspo_jax.reporting import transcripts
-from rspo_jax.run import data, rollout
+from rspo_jax.run import compiled, data, layouts, loading, rollout
 from rspo_jax.run import settings as settings_lib
+from rspo_jax.run.compiled import Compiled, Hook
+from rspo_jax.sampling.settings import SamplerSettings
 
 _ADAPTER = 0x6C6F7261  # fold of the run's key: the new adapter
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """Brings arrays where they are wanted, abstract ones too.
-
-  Attributes:
-    shardings: where, leaf by leaf.
-    fn: jitted, tree -> tree.
-  """
-
-  shardings: Any
-  fn: Any
-
-  def __call__(self, tree):
-    """The tree in its new places."""
-    if isinstance(jax.tree.leaves(tree)[0], jax.ShapeDtypeStruct):
-      return _placed(tree, self.shardings)
-    return self.fn(tree)
 
 
 @dataclasses.dataclass
@@ -59,42 +34,58 @@ class Program:
   """Everything a run computes with: model, data and compiled functions.
 
   Attributes:
-    params: the reference, as the jitted functions take parameters; on the mesh
-      and never changed. All of them, or `lora.Adapted`.
-    frozen: with an adapter, what policy and reference share (`lora.Adapted`
-      without the policy's adapter); None where all parameters are trained.
+    reference: parameters of the reference, as the jitted functions take them;
+      on the mesh and never changed. All of them, or `lora.Adapted`.
     lora: settings of the adapter, or None.
-    pair_fn: scores (policy, reference) in one pass; None where the reference
-      is scored by `estimate_fn`.
-    The other names ending in _fn: jitted functions of the loop.
+    state_template: `TrainState` of abstract arrays.
+    rollouts: a sampler's settings and a group's size -> its rollout.
+    finish_fn: completes partial canvases.
+    batch_fn: (completions, findings) -> the batch.
+    estimate_fn: scores under given parameters.
+    pair_fn: scores (policy, reference) in one pass; None where they share no
+      base.
+    reorder_fn: scores of a rollout in the order of its batch.
+    update_fn: one update; the state is donated.
+    refresh_fn: makes the policy the reference; the state is donated.
+    hook: what a run does around first calls.
+    lay_out, lay_out_adapter: of the parameters, for sampling.
   """
 
   settings: settings_lib.Settings
   mesh: jax.sharding.Mesh
   model: checkpoints.Model
-  params: Any
-  frozen: Any
+  reference: Any
   lora: lora.LoraSettings | None
-  state_template: Any
+  state_template: types.TrainState
   optimizer: Any
-  learning_rate: Any
-  rollout_fn: Any
-  finish_fn: Any
-  greedy_fn: Any
-  sampled_fn: Any
-  estimate_fn: Any
-  pair_fn: Any
-  update_fn: Any
-  refresh_fn: Any
-  present_fn: Any
-  reorder_fn: Any
-  sampling: Any  # (SamplerSettings, group size) -> a jitted rollout
-  lay_out: "Layout | None" = None  # of the parameters, for sampling
-  lay_out_adapter: "Layout | None" = None
+  rollouts: Callable[[str, SamplerSettings, int], Compiled]
+  finish_fn: Compiled
+  rollout_fn: Compiled
+  batch_fn: Compiled
+  estimate_fn: Compiled
+  pair_fn: Compiled | None
+  reorder_fn: Compiled
+  update_fn: Compiled
+  refresh_fn: Compiled
+  hook: Hook
+  lay_out: layouts.Layout | None = None
+  lay_out_adapter: layouts.Layout | None = None
+  evaluation_fns: dict[SamplerSettings, Compiled] = dataclasses.field(
+    default_factory=dict
+  )
+
+  @functools.cached_property
+  def frozen(self) -> lora.Adapted | None:
+    """With an adapter, what policy and reference share; else None."""
+    if self.lora is None:
+      return None
+    return self.reference.replace(
+      adapter=None, reference=self.reference.adapter
+    )
 
   @functools.cached_property
   def _base_for_sampling(self):
-    return self.lay_out(self.params.base)
+    return self.lay_out(self.reference.base)
 
   def for_sampling(self, params):
     """Parameters as the functions that sample take them.
@@ -112,10 +103,28 @@ class Program:
     # Sampling knows one stream, the policy's.
     return lora.Adapted(self._base_for_sampling, adapter, None, params.scale)
 
+  def policy(self, trained, reference=None):
+    """Parameters for the jitted functions out of what the state holds."""
+    return policy(trained, self.frozen, reference)
+
+  def evaluation_fn(self, sampler: SamplerSettings, name: str) -> Compiled:
+    """The rollout of an evaluation, made once for the settings of a sampler."""
+    if sampler not in self.evaluation_fns:
+      self.evaluation_fns[sampler] = self.rollouts(name, sampler, 1)
+    return self.evaluation_fns[sampler]
+
+  def abstract_batch(self, completions) -> types.RolloutBatch:
+    """The batch of abstract completions."""
+    rollout_settings = self.settings.rollout
+    found = rollout.before_rewards(
+      rollout_settings.prompts, rollout_settings.group_size
+    )
+    return self.batch_fn.shapes(completions, found)
+
   def ahead_template(self) -> dict[str, Any]:
     """Abstract arrays of a rollout that waits for its step.
 
-    Its completions and, for ratios, the values of each of the step's updates
+    Its completions and, for ratios, the scores of each of the step's updates
     under the parameters that sampled them.
     """
     settings = self.settings
@@ -124,29 +133,23 @@ class Program:
     prompts = (settings.rollout.prompts, settings.data.prompt_length)
     key = jax.eval_shape(lambda: jax.random.key(0))
     params = self.policy(self.state_template.params)
+    completions = self.rollout_fn.shapes(
+      self.for_sampling(params),
+      jax.ShapeDtypeStruct(prompts, jnp.int32),
+      jax.ShapeDtypeStruct(prompts, jnp.bool_),
+      key,
+    )
     old = []
-    with self.mesh, nn.logical_axis_rules(sharding.RULES):
-      completions = jax.eval_shape(
-        self.rollout_fn,
-        self.for_sampling(params),
-        jax.ShapeDtypeStruct(prompts, jnp.int32),
-        jax.ShapeDtypeStruct(prompts, jnp.bool_),
-        key,
-      )
-      if objectives.OBJECTIVES[settings.objective.name].ratio:
-        batch = jax.eval_shape(self.present_fn, completions)
-        values = jax.eval_shape(self.estimate_fn, params, batch, key)
-        old = [values] * settings.step.updates_per_rollout
+    if settings.scores.ratio == "sampler":
+      batch = self.abstract_batch(completions)
+      scores = self.estimate_fn.shapes(params, batch, key)
+      old = [scores] * settings.scores.updates
     return jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
         x.shape, x.dtype, sharding=rows if x.ndim else whole
       ),
       {"completions": completions, "old": old},
     )
-
-  def policy(self, trained):
-    """Parameters for the jitted functions out of what the state holds."""
-    return policy(trained, self.frozen)
 
   @property
   def task(self):
@@ -161,6 +164,18 @@ class Program:
   def user_text(self, example) -> str:
     """What of an example's prompt is the user's, before any template."""
     return self.task.prompt(example, self.settings.task.prompt_style)
+
+  def prompts(self, examples) -> data.Prompts:
+    """The prompts of examples, tokenised when they are met."""
+    return data.Prompts(
+      examples,
+      self.prompt,
+      self.model.tokenizer.encode,
+      self.settings.data.prompt_length,
+      self.model.config.pad_id,
+      self.settings.data.long_prompts,
+      self.user_text,
+    )
 
   def judge(self, examples, texts) -> rollout.Judged:
     """Verdicts under the run's protocol and reward weights."""
@@ -178,12 +193,14 @@ class Program:
     """Text of single tokens."""
     return transcripts.Pieces(self.model.tokenizer)
 
-  def compiled_programs(self) -> dict[str, int]:
-    """Number of compilations of each jitted function so far."""
-    names = ("rollout_fn", "greedy_fn", "sampled_fn", "estimate_fn")
-    names += ("pair_fn", "update_fn", "present_fn")
-    functions = {name: getattr(self, name) for name in names}
-    return {n: fn._cache_size() for n, fn in functions.items() if fn}
+  def compilations(self) -> dict[str, int]:
+    """How often each of the functions was compiled so far, by name."""
+    functions = [*vars(self).values(), *self.evaluation_fns.values()]
+    return {
+      each.name: each.compilations
+      for each in functions
+      if isinstance(each, Compiled)
+    }
 
 
 def policy(trained, frozen, reference=None):
@@ -201,136 +218,14 @@ def policy(trained, frozen, reference=None):
   return frozen.replace(adapter=trained)
 
 
-def _shardings(mesh, config):
-  """Where the parameters of a model live."""
-  boxed = jax.eval_shape(
-    functools.partial(transformer.init, config, boxed=True), jax.random.key(0)
-  )
-  return sharding.shardings(mesh, boxed)
-
-
-def _stored(settings: settings_lib.Settings, params):
-  """Parameters in the dtype that they are stored in."""
-  dtype = settings.model.param_dtype
-  return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
-def model_config(
-  settings: settings_lib.Settings, config: families.ModelConfig, mesh
-) -> families.ModelConfig:
-  """A checkpoint's shape with the run's compute settings.
-
-  Raises:
-    ValueError: the run's sequences are longer than the checkpoint was made
-      for; heads that flash attention cannot take.
-  """
-  dtype = settings.model.compute_dtype
-  if dtype == "auto":
-    # Of the devices that compute, which need not be at hand (planner.py).
-    platform = mesh.devices.flat[0].platform
-    dtype = "float32" if platform == "cpu" else "bfloat16"
-  longest = settings.data.prompt_length + max(
-    settings.sampler.completion_length,
-    *(each.greedy.completion_length for each in settings.evaluations),
-  )
-  if longest > config.max_length:
-    raise ValueError(
-      f"data.prompt_length={settings.data.prompt_length} and the completion length "
-      f"make {longest} tokens, but the checkpoint was made for "
-      f"{config.max_length}; shorten one of them."
-    )
-  if settings.model.attention == "flash":
-    attention.check(config.head_dim, mesh)
-  return dataclasses.replace(
-    config,
-    compute_dtype=dtype,
-    attention=settings.model.attention,
-    remat=settings.model.remat,
-    head_chunks=settings.model.head_chunks,
-  )
-
-
-def _load(settings: settings_lib.Settings, mesh) -> checkpoints.Model:
-  """The run's model with parameters on the mesh, compute settings applied."""
-  if settings.model_folder:
-    # Each parameter goes straight to its place: whole, a large model would fit
-    # on no single device.
-    model = checkpoints.load_model(
-      settings.model_folder,
-      settings.model.param_dtype,
-      functools.partial(_shardings, mesh),
-    )
-  else:
-    key = jax.random.fold_in(jax.random.key(settings.run.seed), 0x696E6974)
-    try:
-      model = fresh.new_model(settings.model.new, key)
-    except ValueError as error:
-      raise ValueError(f"model.new: {error}") from error
-  if model.tokenizer is None:
-    raise ValueError(
-      f"model.path={settings.model.path!r} has no tokenizer.json, so its "
-      "completions cannot be read; put the model's tokenizer files beside it."
-    )
-  config = model_config(settings, model.config, mesh)
-  params = model.params
-  if not settings.model_folder:
-    params = _stored(settings, params)
-    params = jax.device_put(params, _shardings(mesh, config))
-  return dataclasses.replace(model, config=config, params=params)
-
-
-def abstract_model(
-  settings: settings_lib.Settings, config: families.ModelConfig, mesh
-) -> checkpoints.Model:
-  """A model of shapes, dtypes and places alone, as `assemble` takes it."""
-  config = model_config(settings, config, mesh)
-  shapes = jax.eval_shape(
-    lambda key: _stored(settings, transformer.init(config, key)),
-    jax.random.key(0),
-  )
-  return checkpoints.Model(
-    config=config, params=_placed(shapes, _shardings(mesh, config))
-  )
-
-
-def _placed(shapes, shardings):
-  """Abstract arrays with the shardings that belong to them."""
-  return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
-    shapes,
-    shardings,
-  )
-
-
 def build(settings: settings_lib.Settings) -> Program:
   """Loads the model and prepares the jitted functions; compiles nothing."""
   mesh = sharding.make_mesh(*settings.mesh.axes)
-  model = _load(settings, mesh)
+  model = loading.load_model(settings, mesh)
   adapter = None
   if settings.adapter_folder:
-    adapter = _load_adapter(settings, model, mesh)
+    adapter = loading.load_adapter(settings, model, mesh)
   return assemble(settings, model, mesh, adapter)
-
-
-def _load_adapter(settings, model, mesh):
-  """(LoraSettings, adapter on the mesh) of the folder that a run starts from.
-
-  Raises:
-    ValueError: the folder is of another rank than was asked for.
-  """
-  path, asked = settings.adapter_folder, settings.adapter
-  found, adapter, _ = adapters.load_adapter(path, model.config)
-  if asked is not None and asked.rank != found.rank:
-    raise ValueError(
-      f"lora.rank={asked.rank} is not that of lora.path={path!r}, which is "
-      f"{found.rank}; use lora.rank=0 to take everything from the folder."
-    )
-  boxed = jax.eval_shape(
-    functools.partial(lora.boxed, model.config, found), jax.random.key(0)
-  )
-  return found, jax.device_put(adapter, sharding.shardings(mesh, boxed))
 
 
 def assemble(
@@ -343,207 +238,194 @@ def assemble(
 
   Args:
     settings: the run.
-    model: its parameters on the mesh, or `abstract_model`.
+    model: its parameters on the mesh, or `loading.abstract_model`.
     mesh: of devices, or of a topology's descriptions of them.
     adapter: the adapter that a run starts from, with its settings; None: what
-      `settings.lora` says, or none at all.
+      `settings.adapter` says, or none at all.
   """
-  config = model.config
-  optimizer = train_step.make_optimizer(settings.optimizer)
-  learning_rate = train_step.schedule(settings.optimizer)
   lora_settings, start = adapter or (settings.adapter, None)
-  params, frozen = model.params, None
+  reference = model.params
   if lora_settings is not None:
     # The reference is the base with the adapter that the run began with.
-    frozen = lora.Adapted(model.params, None, start, lora_settings.scale)
-    params = lora.Adapted(model.params, start, None, lora_settings.scale)
-
-  def fresh_state(key):
-    if lora_settings is not None:
-      trained = lora.boxed(config, lora_settings, key)
-    else:
-      trained = _stored(settings, transformer.init(config, key, boxed=True))
-    return train_step.init_state(
-      trained, optimizer, settings.objective.reference_every
-    )
-
-  boxed = jax.eval_shape(fresh_state, jax.random.key(0))
-  state_shardings = sharding.shardings(mesh, boxed)
-  template = _placed(nn.meta.unbox(boxed), state_shardings)
-  rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  jit = functools.partial(jax.jit, compiler_options=compiler_options(mesh))
-  score_fn = functions.make_logprob_fn(config, mesh)
-  both_fn = functions.make_logprob_fn(config, mesh, dual=True)
-  rollout_mesh = sharding.rollout_mesh(mesh, settings.mesh.rollout_tensor)
-  raw_denoise_fn = functions.make_denoise_fn(config, rollout_mesh)
-
-  def logprob_fn(params, *arguments):
-    return score_fn(lora.weights(params), *arguments)
-
-  def both_logprob_fn(params, *arguments):
-    return both_fn(lora.weights(params), *arguments)
-
-  def denoise_fn(params, *arguments):
-    return raw_denoise_fn(lora.weights(params), *arguments)
-
-  completions = rollout.Completions(rows, rows, rows, rows, whole, whole)
-
-  def sampling(settings_of_sampler, group_size):
-    return jit(
-      rollout.make_rollout(
-        denoise_fn,
-        settings_of_sampler,
-        group_size,
-        config.mask_id,
-        config.eos_id,
-      ),
-      out_shardings=completions,
-    )
-
-  def layout(before, after):
-    moved = functools.partial(_laid_out, rollout_mesh, before)
-    return Layout(after, jit(moved, out_shardings=after))
-
-  lay_out = lay_out_adapter = None
-  if rollout_mesh is not mesh:
-    _check_heads(config, settings.mesh.rollout_tensor)
-    lay_out = layout(_shardings(mesh, config), _shardings(rollout_mesh, config))
-    if lora_settings is not None:
-      boxed_adapter = jax.eval_shape(
-        functools.partial(lora.boxed, config, lora_settings),
-        jax.random.key(0),
-      )
-      lay_out_adapter = layout(
-        sharding.shardings(mesh, boxed_adapter),
-        sharding.shardings(rollout_mesh, boxed_adapter),
-      )
-
-  step = (settings.step, settings.likelihood)
-  objective = objectives.OBJECTIVES[settings.objective.name]
-  uses_reference = objective.uses_reference(settings.objective)
-  dual = frozen is not None and settings.lora.dual and uses_reference
+    reference = lora.Adapted(model.params, start, None, lora_settings.scale)
+  optimizer = optimizers.make_optimizer(settings.optimizer)
+  places, template = _state_template(
+    settings, model.config, mesh, lora_settings, optimizer
+  )
+  maker = _Maker(settings, model.config, mesh)
   return Program(
     settings=settings,
     mesh=mesh,
     model=model,
-    params=params,
-    frozen=frozen,
+    reference=reference,
     lora=lora_settings,
     state_template=template,
     optimizer=optimizer,
-    learning_rate=learning_rate,
-    finish_fn=jit(
-      rollout.make_finish(
-        denoise_fn, settings.sampler, config.mask_id, config.eos_id
-      ),
-      out_shardings=completions,
-    ),
-    rollout_fn=sampling(settings.sampler, settings.rollout.group_size),
-    greedy_fn=sampling(settings.greedy, 1),
-    sampled_fn=sampling(settings.sampled, 1),
-    estimate_fn=jit(
-      train_step.make_estimate(
-        logprob_fn, config.mask_id, *step, objective.per_token
-      ),
-      out_shardings=rows,
-    ),
-    pair_fn=jit(
-      train_step.make_estimate(
-        both_logprob_fn, config.mask_id, *step, objective.per_token
-      ),
-      out_shardings=rows,
-    )
-    if dual
-    else None,
-    update_fn=jit(
-      train_step.make_update(
-        logprob_fn,
-        config.mask_id,
-        optimizer,
-        learning_rate,
-        *step,
-        settings.objective,
-        policy,
-        both_logprob_fn if dual else None,
-        settings.optimizer.moment_dtype,
-      ),
-      donate_argnums=0,
-      out_shardings=(state_shardings, whole),
-    ),
-    refresh_fn=jit(
-      train_step.refresh_reference,
-      donate_argnums=0,
-      out_shardings=state_shardings,
-    ),
-    present_fn=jit(
-      functools.partial(
-        rollout.present,
-        scope=settings.likelihood.scope,
-        with_trace=settings.likelihood.needs_trace,
-      ),
-      out_shardings=rows,
-    ),
-    reorder_fn=jit(train_step.make_reorder(settings.step), out_shardings=rows),
-    sampling=sampling,
-    lay_out=lay_out,
-    lay_out_adapter=lay_out_adapter,
+    hook=maker.hook,
+    **maker.sampling(),
+    **maker.scoring(),
+    **maker.updating(optimizer, places),
+    **layouts.layouts(settings, model.config, mesh, lora_settings),
   )
 
 
-def _laid_out(mesh, shardings, tree):
-  """The tree on its way from training's shardings to those of `mesh`."""
+def _state_template(settings, config, mesh, lora_settings, optimizer):
+  """(shardings of the state, the state of abstract arrays)."""
 
-  def moved(leaf, where):
-    for stop in sharding.waypoints(mesh, where, leaf.shape):
-      leaf = jax.lax.with_sharding_constraint(leaf, stop)
-    return leaf
-
-  return jax.tree.map(moved, tree, shardings)
-
-
-def _check_heads(config: families.ModelConfig, tensor: int) -> None:
-  """Refuses to split what does not divide, which would stay whole unasked."""
-  if config.kv_heads % tensor:
-    raise ValueError(
-      f"mesh.rollout_tensor={tensor} must divide the {config.kv_heads} heads "
-      f"of keys and values; use {math.gcd(tensor, config.kv_heads)}."
+  def fresh(key):
+    if lora_settings is not None:
+      trained = lora.boxed(config, lora_settings, key)
+    else:
+      trained = loading.stored(
+        settings, transformer.init(config, key, boxed=True)
+      )
+    return types.init_state(
+      trained, optimizer, settings.objective.reference_every
     )
 
-
-def compiler_options(mesh) -> dict[str, str]:
-  """What the compiler of the mesh's devices is told.
-
-  On TPUs it would split the products with gathered weights into pieces that
-  travel while they are multiplied; with the split on the contracting axis each
-  piece adds to a partial sum, and the modelled step is a third longer.
-  """
-  if mesh.devices.flat[0].platform != "tpu":
-    return {}
-  return {"xla_jf_spmd_threshold_for_windowed_einsum_mib": "1000000"}
+  boxed = jax.eval_shape(fresh, jax.random.key(0))
+  places = sharding.shardings(mesh, boxed)
+  return places, loading.placed(nn.meta.unbox(boxed), places)
 
 
-def fresh_state(program: Program):
+@dataclasses.dataclass
+class _Maker:
+  """Makes the jitted functions of a program."""
+
+  settings: settings_lib.Settings
+  config: families.ModelConfig
+  mesh: jax.sharding.Mesh
+  hook: Hook = dataclasses.field(default_factory=Hook)
+
+  def compiled(self, name: str, fn, places, donate=()) -> Compiled:
+    """A function, jitted, whose results lie where they should."""
+    jitted = jax.jit(
+      fn,
+      out_shardings=places,
+      donate_argnums=donate,
+      compiler_options=compiled.compiler_options(self.mesh),
+    )
+    return Compiled(name, jitted, self.mesh, self.hook)
+
+  def sampling(self) -> dict[str, Any]:
+    """Functions that make completions."""
+    settings, config = self.settings, self.config
+    rollout_mesh = sharding.rollout_mesh(
+      self.mesh, settings.mesh.rollout_tensor
+    )
+    denoise_fn = _of_weights(functions.make_denoise_fn(config, rollout_mesh))
+    rows = sharding.batch_sharding(self.mesh)
+    whole = sharding.replicated(self.mesh)
+    places = rollout.Completions(rows, rows, rows, rows, whole, whole)
+    ids = (config.mask_id, config.eos_id)
+
+    def rollouts(name, sampler, group_size):
+      fn = rollout.make_rollout(denoise_fn, sampler, group_size, *ids)
+      return self.compiled(name, fn, places)
+
+    finish = rollout.make_finish(denoise_fn, settings.sampler, *ids)
+    return {
+      "rollouts": rollouts,
+      "rollout_fn": rollouts(
+        "rollout", settings.sampler, settings.rollout.group_size
+      ),
+      "finish_fn": self.compiled("finishing", finish, places),
+    }
+
+  def scoring(self) -> dict[str, Any]:
+    """Functions that make batches and score them."""
+    settings = self.settings
+    rows = sharding.batch_sharding(self.mesh)
+    batch = functools.partial(
+      rollout.make_batch,
+      scope=settings.likelihood.scope,
+      with_trace=settings.likelihood.needs_trace,
+    )
+
+    def estimate(name, dual):
+      fn = update.make_estimate(
+        self.logprob_fn(dual),
+        self.config.mask_id,
+        settings.step,
+        settings.likelihood,
+        objectives.OBJECTIVES[settings.objective.name].per_token,
+      )
+      return self.compiled(name, fn, rows)
+
+    return {
+      "batch_fn": self.compiled("batch", batch, rows),
+      "estimate_fn": estimate("scores", False),
+      "pair_fn": estimate("scores of both", True)
+      if settings.scores.shared_base
+      else None,
+      "reorder_fn": self.compiled(
+        "order of scores", update.make_reorder(settings.step), rows
+      ),
+    }
+
+  def updating(self, optimizer, places) -> dict[str, Any]:
+    """Functions that change the state; `places` are its shardings."""
+    settings = self.settings
+    rows = sharding.batch_sharding(self.mesh)
+    whole = sharding.replicated(self.mesh)
+    fn = update.make_update(
+      self.logprob_fn(),
+      self.config.mask_id,
+      optimizer,
+      optimizers.schedule(settings.optimizer),
+      settings.step,
+      settings.likelihood,
+      settings.objective,
+      settings.scores,
+      policy,
+      self.logprob_fn(dual=True),
+      settings.optimizer.moment_dtype,
+    )
+    refresh = types.refresh_reference
+    return {
+      "update_fn": self.compiled("update", fn, (places, whole, rows), 0),
+      "refresh_fn": self.compiled("refreshing", refresh, places, 0),
+    }
+
+  def logprob_fn(self, dual: bool = False):
+    """What scores rows, of the policy or, `dual`, of both streams."""
+    fn = functions.make_logprob_fn(self.config, self.mesh, dual=dual)
+    return _of_weights(fn)
+
+
+def _of_weights(fn):
+  """A model's function that takes parameters as a program has them."""
+
+  def of_params(params, *arguments):
+    return fn(lora.weights(params), *arguments)
+
+  return of_params
+
+
+def fresh_state(program: Program) -> types.TrainState:
   """Step 0: what is trained, copied (donated later), and empty moments."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, program.state_template)
 
   def state_of(trained):
-    return train_step.init_state(
+    return types.init_state(
       trained, program.optimizer, program.settings.objective.reference_every
     )
 
-  if program.lora is not None and program.params.adapter is None:
+  start = program.reference
+  if program.lora is not None:
+    start = program.reference.adapter
+  if start is None:
     key = jax.random.key(program.settings.run.seed)
-    start = jax.jit(
+    fresh = jax.jit(
       lambda key: state_of(lora.init(program.model.config, program.lora, key)),
       out_shardings=shardings,
     )
-    return start(jax.random.fold_in(key, _ADAPTER))
-  trained = program.params if program.lora is None else program.params.adapter
-  start = jax.jit(
+    return fresh(jax.random.fold_in(key, _ADAPTER))
+  copied = jax.jit(
     lambda trained: state_of(jax.tree.map(jnp.copy, trained)),
     out_shardings=shardings,
   )
-  return start(trained)
+  return copied(start)
 
 
 def merged(program: Program, trained) -> checkpoints.Model:

@@ -1,24 +1,26 @@
 """What a step leaves for readers: samples, calibration, incidents.
 
-Functions of a run (rspo_jax/run/runs.py), of arrays of all processes where they
-write; each of them is called by all processes.
+Functions of arrays of all processes where they write; each of them is called by
+all processes.
 """
 
-import dataclasses
 import operator
 
 import jax
+import numpy as np
 
-from rspo_jax.algorithm import objectives, train_step
+from rspo_jax.algorithm import streams
+from rspo_jax.algorithm.types import RolloutBatch
 from rspo_jax.devices import sharding
 from rspo_jax.reporting import transcripts
 from rspo_jax.run import incident, rollout
+from rspo_jax.run.runs import Run
 
 SAMPLED_GROUPS = 8  # groups of a rollout that samples/ shows
 TEXT_ROWS = 16  # completions of it that TensorBoard shows
 
 
-def keep_samples(run, prompts, judged, out, rewards) -> None:
+def keep_samples(run: Run, prompts, judged, out, rewards) -> None:
   """The first groups of a rollout into samples/ and TensorBoard.
 
   Args:
@@ -55,7 +57,7 @@ def keep_samples(run, prompts, judged, out, rewards) -> None:
   ]
   rows = sorted(sharding.gather_json(rows), key=operator.itemgetter(0))
   rows = [row for _, row in rows]
-  step = run.step + 1
+  step = run.state.step + 1
   run.write_rows(run.workdir / "samples" / f"train-{step:06d}.jsonl", rows)
   run.writer.text(
     step, "samples/completions", transcripts.readable(rows[:TEXT_ROWS])
@@ -63,39 +65,25 @@ def keep_samples(run, prompts, judged, out, rewards) -> None:
   run.writer.histogram(step, "reward", rewards)
 
 
-def keep_calibration(run, batch, scores) -> None:
+def keep_calibration(
+  run: Run, batch: RolloutBatch, compared: dict[str, jax.Array]
+) -> None:
   """Targets beside estimates into samples/, their spread to TensorBoard.
 
-  In the one-pass form the policy is scored here once more: a forward in
-  `run.samples_every` steps.
+  Args:
+    run: whose step it is.
+    batch: of the step.
+    compared: of its first update (`objectives.calibration`).
   """
-  objective = run.settings.objective
-  has_gap = objective.name == "rspo"
-  reference, policy = scores.reference, scores.policy
-  entry = objectives.OBJECTIVES[objective.name]
-  inside = run.scored_inside(batch)
-  if (reference is None and not inside) or entry.per_token:
+  if not compared:
     return
-  if inside:
-    policy, reference = run.pair(batch, 0)
-  elif policy is None:
-    policy = run.score(run.policy, batch, 0)
-  columns = transcripts.calibration(
-    *(
-      sharding.whole(x)
-      for x in (
-        policy,
-        reference,
-        batch.advantage,
-        batch.completion_mask.sum(-1),
-        batch.keep,
-        batch.row,
-      )
-    ),
-    dataclasses.replace(objective, lambda_=run.lambda_),
-  )
-  step = run.step + 1
-  if has_gap and "target" in columns:
+  columns = {key: sharding.whole(x) for key, x in compared.items()}
+  row, keep = sharding.whole(batch.row), sharding.whole(batch.keep)
+  order = np.argsort(row)
+  order = order[keep[order] > 0]
+  columns = {key: values[order] for key, values in columns.items()}
+  step = run.state.step + 1
+  if "target" in columns and run.state.lambda_:
     run.write_rows(
       run.workdir / "samples" / f"calibration-{step:06d}.jsonl",
       transcripts.calibration_rows(columns),
@@ -105,33 +93,33 @@ def keep_calibration(run, batch, scores) -> None:
     ("score/centred", "estimate"),
     ("gap", "gap"),
   ):
-    if has_gap or key == "relative":
+    if key in columns:
       run.writer.histogram(step, name, columns[key])
 
 
-def write_incident(run, bad, values, batch, scores) -> None:
+def write_incident(run: Run, bad, values, batch, scores) -> None:
   """Keeps what a step that is not finite was made of."""
-  folder = incident.folder_of(run.workdir, run.step)
-  seed, before = run.settings.run.seed, run.step - 1
+  folder = incident.folder_of(run.workdir, run.state.step)
+  seed, before = run.settings.run.seed, run.state.step - 1
   arrays = {"batch": batch, "scores": [vars(each) for each in scores]}
   tokens = sharding.local_rows(batch.tokens)
   seen = sharding.local_rows(batch.token_mask)
   message = incident.write(
     folder,
     {
-      "step": run.step,
+      "step": run.state.step,
       "not_finite": incident.encode(bad),
       "metrics": incident.encode(values),
-      "in_a_row": run.tally.in_a_row,
+      "in_a_row": run.state.tally.in_a_row,
       "processes": jax.process_count(),
       "seed": seed,
       "keys": {
         name: jax.random.key_data(
-          train_step.stream_key(seed, before, stream)
+          streams.stream_key(seed, before, stream)
         ).tolist()
         for name, stream in (
-          ("rollout", train_step.ROLLOUT),
-          ("masks", train_step.MASKS),
+          ("rollout", streams.ROLLOUT),
+          ("masks", streams.MASKS),
         )
       },
       "texts": run.program.to_text(tokens, seen),
@@ -142,7 +130,7 @@ def write_incident(run, bad, values, batch, scores) -> None:
   listed = ", ".join(f"{name} = {bad[name]}" for name in names)
   applied = values.get("update/applied", 0.0)
   run.writer.warn(
-    f"Step {run.step} is not finite: {listed}. It was "
+    f"Step {run.state.step} is not finite: {listed}. It was "
     f"{'applied all the same' if applied else 'not applied'}; "
     + (message or f"its inputs and keys are in {folder}.")
   )

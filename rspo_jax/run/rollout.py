@@ -1,12 +1,13 @@
-"""Prompts -> completions -> text -> rewards -> targets -> device batch.
+"""Prompts -> completions -> text -> rewards -> findings -> batch.
 
 The only place where device arrays become text.
 
 1. `make_rollout` (jitted by the caller): repeats prompts G times, denoises.
 2. `to_text`, `judge`: this host's own completions as text, and their verdicts.
 3. `gather`: what was found of the completions of all hosts, on each of them.
-4. `assemble`: advantages and targets from the rewards of the whole rollout,
-   dropped groups moved to the end of their shard, arrays back on the device.
+4. `findings`: targets and what is kept, from the advantages of the whole
+   rollout; dropped groups go to the end of their shard.
+5. `make_batch` (jitted): what was sampled, in the order that was found.
 
 Every host computes 4 from the same numbers, so that what is selected and
 weighed does not depend on how many there are.
@@ -20,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from rspo_jax.algorithm import objectives
-from rspo_jax.algorithm.train_step import RolloutBatch
+from rspo_jax.algorithm import advantages, likelihood
+from rspo_jax.algorithm.types import RolloutBatch
 from rspo_jax.devices import sharding
 from rspo_jax.sampling.denoise import completion_mask, denoise
 from rspo_jax.sampling.settings import SamplerSettings
@@ -236,29 +237,6 @@ def order_by_keep(keep: np.ndarray, shards: int) -> np.ndarray:
   return np.concatenate([np.asarray(pile, int) for pile in piles])
 
 
-def scope_masks(completion_mask, token_mask, scope: str):
-  """Which completion tokens are scored, and which of the canvas are seen.
-
-  Args:
-    completion_mask: bool [n, L], True through the first EOS; numpy or jax.
-    token_mask: bool [n, S], False on left padding; of the same kind.
-    scope: as in likelihood.LikelihoodSettings.
-
-  Returns:
-    (scored [n, L], seen [n, S]).
-  """
-  length = completion_mask.shape[1]
-  if scope == "canvas":
-    return completion_mask | True, token_mask
-  if scope == "completion":
-    xp = jnp if isinstance(token_mask, jax.Array) else np
-    before, after = token_mask[:, :-length], token_mask[:, -length:]
-    return completion_mask, xp.concatenate(
-      [before, after & completion_mask], axis=1
-    )
-  return completion_mask, token_mask
-
-
 def gather(
   split: sharding.Split,
   judged: Judged,
@@ -315,7 +293,7 @@ def metrics(outcomes: Outcomes) -> dict[str, float]:
   return {
     "reward/mean": mean(outcomes.rewards),
     "reward/std": float(outcomes.rewards.reshape(-1).astype(np.float64).std()),
-    "reward/equal_groups": mean(objectives.equal_groups(outcomes.rewards)),
+    "reward/equal_groups": mean(advantages.equal_groups(outcomes.rewards)),
     "reward/correct": mean(outcomes.correct),
     "reward/no_verdict": mean(outcomes.unjudged),
     "rollout/length_mean": mean(outcomes.length),
@@ -325,129 +303,77 @@ def metrics(outcomes: Outcomes) -> dict[str, float]:
   }
 
 
-def advantages_of(
-  rewards: np.ndarray,
-  correct: np.ndarray,
-  objective: objectives.ObjectiveSettings,
-  *,
-  normalize: bool,
-  skip_equal_groups: bool,
-  keep_groups: int = 0,
-  finished: np.ndarray | None = None,
-) -> np.ndarray:
-  """Advantages f32 [B, G] of a whole rollout.
+@struct.dataclass
+class Findings:
+  """What the host found of a rollout's B groups of G, in the rollout's order.
 
-  Args:
-    rewards: f32 [B, G], of all hosts: some advantages are relative to all
-      completions.
-    correct: bool [B, G].
-    objective: its advantage function and group size.
-    normalize: divide advantages by the group's standard deviation.
-    skip_equal_groups: groups whose advantages are all zero are dropped.
-    keep_groups: groups that are kept at most; 0: all.
-    finished: f32 [F, B, G], rewards of completions of partial canvases, for
-      objectives that look at them.
+  Attributes:
+    order: i32 [B], the groups as the batch has them: in each of its shards
+      kept ones before dropped ones.
+    keep: f32 [B], 0 for groups that the step ignores.
+    advantage, target: f32 [B, G].
   """
 
-  def among(rewards, correct):
-    entry = objectives.OBJECTIVES[objective.name]
-    advantages = entry.advantages(rewards, correct, normalize)
-    if objective.solved_advantage:
-      advantages = objectives.solved_advantages(
-        advantages, correct, objective.solved_advantage
-      )
-    return advantages
-
-  advantages = among(rewards, correct)
-  if skip_equal_groups:
-    keep = (advantages != 0).any(1)
-    if keep_groups:
-      keep &= keep.cumsum() <= keep_groups
-    # Anew: some advantages are relative to all completions that are kept.
-    advantages = np.zeros_like(advantages)
-    advantages[keep] = among(rewards[keep], correct[keep])
-  if finished is not None:
-    advantages = objectives.process_advantages(advantages, rewards, finished)
-  return advantages
+  order: np.ndarray
+  keep: np.ndarray
+  advantage: np.ndarray
+  target: np.ndarray
 
 
-def assemble(
-  tokens: np.ndarray,
-  token_mask: np.ndarray,
-  completion_mask: np.ndarray,
-  advantages: np.ndarray,
-  objective: objectives.ObjectiveSettings,
-  split: sharding.Split,
-  *,
-  skip_equal_groups: bool,
-  scope: str,
-  commit_step: np.ndarray | None = None,
-  lambda_: float | None = None,
-) -> RolloutBatch:
-  """Host arrays of a step: targets, what is kept, what is scored and seen.
+def findings(
+  found: np.ndarray, lambda_: float, shards: int, *, drop: bool
+) -> Findings:
+  """Targets, what is kept, and where in the batch it lies.
 
   Args:
-    tokens, token_mask: [n, S] that this host holds, groups contiguous.
-    completion_mask: bool [n, L], through the first EOS.
-    advantages: f32 [B, G] of the whole rollout.
-    objective: its lambda and group size.
-    split: of the B prompts.
-    skip_equal_groups: drop groups whose advantages are all zero.
+    found: f32 [B, G], advantages of the whole rollout.
+    lambda_: of this step.
+    shards: devices that share the batch; they divide B.
+    drop: whether groups whose advantages are all zero are dropped.
+  """
+  keep, order = np.ones(len(found), bool), np.arange(len(found))
+  if drop:
+    keep = (found != 0).any(1)
+    order = order_by_keep(keep, shards)
+  return Findings(
+    order.astype(np.int32),
+    keep.astype(np.float32),
+    found,
+    advantages.targets(found, lambda_),
+  )
+
+
+def before_rewards(prompts: int, group: int) -> Findings:
+  """Findings of B groups of G of which nothing is known yet."""
+  return findings(np.zeros((prompts, group), np.float32), 0.0, 1, drop=False)
+
+
+def make_batch(
+  out: Completions, found: Findings, scope: str, with_trace: bool = False
+) -> RolloutBatch:
+  """The batch of a step, from what was sampled and what was found of it.
+
+  On the device, where completions stay from sampling on; every process gives
+  the same findings.
+
+  Args:
+    out: N = B * G completions.
+    found: of them.
     scope: as in likelihood.LikelihoodSettings.
-    commit_step: i32 [n, L], for mask schemes that follow the sampler.
-    lambda_: of this step, where it follows a target share.
-
-  Returns:
-    `RolloutBatch` of n rows in numpy arrays, kept groups first in every shard;
-    in the rollout's order where nothing can be dropped.
+    with_trace: keep `commit_step`, for schemes that follow the sampler.
   """
-  group = objective.group_size
-  targets = objectives.targets(
-    advantages, objective.lambda_ if lambda_ is None else lambda_
+  group = found.advantage.shape[1]
+  row = (found.order[:, None] * group + jnp.arange(group)).reshape(-1)
+  scored, seen = likelihood.scope_masks(
+    out.completion_mask, out.token_mask, scope
   )
-  keep = np.ones(len(advantages), bool)
-  order = np.arange(len(advantages))
-  if skip_equal_groups:
-    keep = (advantages != 0).any(1)
-    for _, groups, shards in split.blocks:
-      # A group moves among shards of the hosts that have it.
-      order[groups] = groups[order_by_keep(keep[groups], shards)]
-  taken = order[split.held]
-  places = sharding.repeated(taken, group)  # in the whole rollout
-  rows = sharding.repeated(np.searchsorted(split.held, taken), group)
-  scored, seen = scope_masks(completion_mask, token_mask, scope)
   return RolloutBatch(
-    tokens=tokens[rows],
-    token_mask=seen[rows],
-    completion_mask=scored[rows],
-    advantage=advantages.reshape(-1)[places],
-    target=targets.reshape(-1)[places],
-    keep=np.repeat(keep, group).astype(np.float32)[places],
-    row=places.astype(np.int32),
-    commit_step=None if commit_step is None else commit_step[rows],
-    lambda_=None
-    if lambda_ is None
-    else np.full(len(rows), lambda_, np.float32),
-  )
-
-
-def present(
-  out: Completions, scope: str, with_trace: bool = False
-) -> RolloutBatch:
-  """Completions as a batch without rewards: what is scored and seen.
-
-  The same masks as `assemble` gives, on the device and in the rollout's
-  order, for scores that are computed before the rewards are known.
-  """
-  n = len(out.tokens)
-  scored, seen = scope_masks(out.completion_mask, out.token_mask, scope)
-  return RolloutBatch(
-    tokens=out.tokens,
-    token_mask=seen,
-    completion_mask=scored,
-    advantage=jnp.zeros(n),
-    target=jnp.zeros(n),
-    keep=jnp.ones(n),
-    row=jnp.arange(n, dtype=jnp.int32),
-    commit_step=out.commit_step if with_trace else None,
+    tokens=out.tokens[row],
+    token_mask=seen[row],
+    completion_mask=scored[row],
+    advantage=found.advantage[found.order].reshape(-1),
+    target=found.target[found.order].reshape(-1),
+    keep=jnp.repeat(found.keep[found.order], group),
+    row=row,
+    commit_step=out.commit_step[row] if with_trace else None,
   )

@@ -12,7 +12,13 @@ import math
 import os
 from typing import Any
 
-from rspo_jax.algorithm import likelihood, objectives, scoring, train_step
+from rspo_jax.algorithm import (
+  likelihood,
+  microbatches,
+  objectives,
+  optimizer,
+  scoring,
+)
 from rspo_jax.config import keys, schema
 from rspo_jax.devices import sharding, workers
 from rspo_jax.models import lora
@@ -71,8 +77,8 @@ class Settings:
   sampled: SamplerSettings
   likelihood: likelihood.LikelihoodSettings
   objective: objectives.ObjectiveSettings
-  optimizer: train_step.OptimizerSettings
-  step: train_step.StepSettings
+  optimizer: optimizer.OptimizerSettings
+  step: microbatches.StepSettings
   scores: scoring.ScorePlan
   mesh: schema.Mesh
   eval: schema.Eval
@@ -132,7 +138,7 @@ def _cut(c: schema.Config, shards: int) -> Settings:
     likelihood=masks,
     objective=objective,
     optimizer=_derived(
-      train_step.OptimizerSettings,
+      optimizer.OptimizerSettings,
       c.optimizer,
       total_steps=c.run.steps * c.train.updates_per_rollout,
     ),
@@ -204,7 +210,7 @@ def _canvases(c: schema.Config, sampler: SamplerSettings) -> int:
 
 
 def _step_settings(c: schema.Config, objective, masks, shards: int):
-  """Micro-batches and passes of an update (train_step.StepSettings)."""
+  """Micro-batches and passes of an update (microbatches.StepSettings)."""
   total = c.rollout.prompts * c.rollout.group_size
   micro = c.train.micro_batch
   rules.check_shared(c, shards)
@@ -215,7 +221,7 @@ def _step_settings(c: schema.Config, objective, masks, shards: int):
       f"(rollout.prompts x rollout.group_size); use {near}."
     )
   step = _derived(
-    train_step.StepSettings,
+    microbatches.StepSettings,
     c.train,
     shards=shards,
     micro_masks=_micro_masks(c.train.micro_masks, masks),

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from rspo_jax.config import identity
+from rspo_jax.models import adapters, checkpoints
 from rspo_jax.reporting import metrics
+from rspo_jax.run import program as program_lib
 from rspo_jax.run.runs import Run
 from rspo_jax.storage import files
 
@@ -22,14 +24,14 @@ def finish(run: Run) -> None:
   if settings.run.export:
     exported = "model/" if run.program.lora is None else "model/, adapter/"
     with writer.phase(f"exporting {exported}"):
-      run.export()
-  seconds = {k: round(v, 2) for k, v in run.seconds.items()}
+      export(run)
+  seconds = {k: round(v, 2) for k, v in run.state.seconds.items()}
   summary = {
-    "before": run.first_eval,
-    "after": run.last_eval,
-    "by_difficulty": run.by_difficulty,
+    "before": run.state.first_eval,
+    "after": run.state.last_eval,
+    "by_difficulty": run.state.by_difficulty,
     "seconds": seconds,
-    "steps": run.step,
+    "steps": run.state.step,
   }
   share = lambda_share(run)
   if share is not None:
@@ -38,14 +40,29 @@ def finish(run: Run) -> None:
     files.write_json(run.workdir / identity.SUMMARY, summary)
   writer.table(
     _changes(run),
-    title=f"{settings.eval.split}, n = {run.last_eval['eval/n']}, "
-    f"{run.step} steps",
+    title=f"{settings.eval.split}, n = {run.state.last_eval['eval/n']}, "
+    f"{run.state.step} steps",
   )
   writer.say(_spent(seconds))
   if said := _gap(settings.objective, share):
     writer.say(said)
   for line in _left(run, exported):
     writer.say(line)
+
+
+def export(run: Run) -> None:
+  """Writes model/ in the Hugging Face layout, and adapter/ in PEFT's."""
+  program, trained = run.program, run.state.train.params
+  if program.lora is not None:
+    adapters.save_adapter(
+      run.home.address / "adapter",
+      program.model.config,
+      program.lora,
+      trained,
+      base=run.settings.model.path,
+    )
+  model = program_lib.merged(program, trained)
+  checkpoints.save_model(model, run.home.address / "model")
 
 
 def _changes(run: Run) -> list[dict[str, str]]:
@@ -57,7 +74,7 @@ def _changes(run: Run) -> list[dict[str, str]]:
     (f"accuracy at T={temperature:g}", "eval/accuracy_sampled"),
     ("mean reward (greedy)", "eval/reward"),
   ):
-    before, after = run.first_eval[key], run.last_eval[key]
+    before, after = run.state.first_eval[key], run.state.last_eval[key]
     rows.append(
       {
         "": name,
@@ -153,7 +170,7 @@ def described(run: Run) -> str:
   """What the debug level says before the first step."""
   settings = run.settings
   total = settings.rollout.prompts * settings.rollout.group_size
-  size = sum(x.size for x in jax.tree.leaves(run.state.params))
+  size = sum(x.size for x in jax.tree.leaves(run.state.train.params))
   mesh = " x ".join(f"{k} {n}" for k, n in run.program.mesh.shape.items())
   return (
     f"{size:,} trained parameters on {jax.device_count()} "

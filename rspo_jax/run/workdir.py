@@ -113,10 +113,12 @@ def take_config(run: Run) -> None:
   changed = identity.changed_keys(before, run.config)
   if changed:
     run.writer.warn(
-      f"From step {run.step} on the run has another config: "
+      f"From step {run.state.step} on the run has another config: "
       f"{', '.join(changed)}."
     )
-    files.write_json(run.workdir / f"config-until-{run.step:06d}.json", before)
+    files.write_json(
+      run.workdir / f"config-until-{run.state.step:06d}.json", before
+    )
   if before != run.config:
     files.write_json(run.workdir / identity.CONFIG, run.config)
   files.write_json(run.workdir / ENVIRONMENT, provenance.describe())

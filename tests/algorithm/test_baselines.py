@@ -9,8 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rspo_jax.algorithm import baselines, objectives
-from rspo_jax.algorithm.objectives import ObjectiveSettings, Sizes, Terms
+from rspo_jax.algorithm import advantages as host
+from rspo_jax.algorithm import baselines, objectives, scoring
+from rspo_jax.algorithm.microbatches import StepSettings
+from rspo_jax.algorithm.objectives import ObjectiveSettings
+from rspo_jax.algorithm.types import Sizes, Terms
 from rspo_jax.config import schema
 
 PROMPTS, GROUP, MASKS, LENGTH = 2, 3, 2, 4
@@ -63,6 +66,7 @@ def terms_of(name, seed=0, keep=None, old=True, **given):
     target=np.zeros(N),
     length=length,
     keep=keep,
+    lambda_=0.0,
     count=counts.astype(float),
     weight=weight if per_token else None,
     sizes=Sizes(
@@ -346,14 +350,14 @@ def test_advantages_of_the_others_are_those_of_their_definitions():
   for b in range(3):
     r = rewards[b].astype(float)
     others = [r[i] - np.delete(r, i).mean() for i in range(4)]
-    found = objectives.others_advantages(rewards, False)[b]
+    found = host.others_advantages(rewards, False)[b]
     np.testing.assert_allclose(found, others, rtol=1e-5)
     scores = (r - r.mean()) / r.std()
-    found = objectives.population_advantages(rewards)[b]
+    found = host.population_advantages(rewards)[b]
     np.testing.assert_allclose(found, scores, rtol=1e-5)
     up, down = np.exp(r - r.mean()), np.exp(r.mean() - r)
     weights = up / up.sum() - down / down.sum()
-    found = objectives.softmax_advantages(rewards, False)[b]
+    found = host.softmax_advantages(rewards, False)[b]
     np.testing.assert_allclose(found, 4 * weights, rtol=1e-4)
 
 
@@ -361,11 +365,11 @@ def test_sapo_adds_what_partial_canvases_earn_to_positive_advantages():
   rewards = np.float32([[0.0, 1.0, 0.5], [1.0, 1.0, 1.0]])
   advantages = rewards - rewards.mean(1, keepdims=True)
   finished = np.float32([[[1, 0, 1], [0, 0, 0]], [[1, 1, 1], [0, 0, 0]]])
-  found = objectives.process_advantages(advantages, rewards, finished)
+  found = host.process_advantages(advantages, rewards, finished)
   # The second completion alone is better than its group; it earns 1/2 - 1/2.
   np.testing.assert_allclose(found, [[-0.5, 0.5, 0.0], [0.0] * 3], atol=1e-6)
   finished[:, 0, 1] = 1
-  found = objectives.process_advantages(advantages, rewards, finished)
+  found = host.process_advantages(advantages, rewards, finished)
   np.testing.assert_allclose(found[0], [-0.5, 1.0, 0.0], atol=1e-6)
 
 
@@ -465,7 +469,7 @@ def test_older_completions_serve_what_corrects_or_does_not_mind_them(name):
 
 def test_lambda_follows_its_share_by_a_tenth_a_step_and_stays_in_range():
   settings = settings_of("rspo", lambda_=2.0, lambda_share=0.5)
-  follow = lambda x, share: objectives.follow_share(x, share, settings)  # noqa: E731
+  follow = lambda x, share: host.follow_share(x, share, settings)  # noqa: E731
   assert follow(2.0, 0.5) == pytest.approx(2.0)
   assert follow(2.0, 0.0) == pytest.approx(2.0 * math.exp(0.1))
   assert follow(2.0, 50.0) == pytest.approx(2.0 * math.exp(-0.1))
@@ -493,6 +497,7 @@ def test_trafl_is_a_multiple_of_rspo_centred_by_group():
   terms = terms.replace(
     advantage=advantage,
     target=advantage / lambda_,
+    lambda_=lambda_,
     count=np.full((N, MASKS), 3.0),
   )
   rspo = settings_of("rspo", lambda_=lambda_, lambda_unit="token")
@@ -509,7 +514,9 @@ def test_trafl_is_a_multiple_of_rspo_centred_by_group():
 def test_espo_on_policy_is_rspo_without_centring_at_lambda_length_beta(clip):
   beta, length = 0.3, 4.0
   terms = terms_of("espo", old=False, length=np.full(N, length))
-  terms = terms.replace(target=terms.advantage / (length * beta))
+  terms = terms.replace(
+    target=terms.advantage / (length * beta), lambda_=length * beta
+  )
   rspo = settings_of(
     "rspo", lambda_=length * beta, lambda_unit="token", centring="none"
   )
@@ -560,7 +567,6 @@ def test_an_objective_is_added_by_a_function_and_an_entry(monkeypatch):
   import tiny_steps as small
 
   from configs import countdown
-  from rspo_jax.algorithm import train_step
   from rspo_jax.run import settings
 
   def cubic(terms, settings):
@@ -573,7 +579,7 @@ def test_an_objective_is_added_by_a_function_and_an_entry(monkeypatch):
     "cubic",
     objectives.Objective(
       cubic,
-      lambda rewards, correct, norm: objectives.group_advantages(rewards, norm),
+      lambda rewards, correct, norm: host.group_advantages(rewards, norm),
       reference="never",
     ),
   )
@@ -584,6 +590,7 @@ def test_an_objective_is_added_by_a_function_and_an_entry(monkeypatch):
   one = small.gradient_of(small.objective_of(name="cubic"), batch, 2, "one")
   two = small.gradient_of(small.objective_of(name="cubic"), batch, 4, "two")
   small.assert_close(one[0], two[0])
-  assert train_step.resolve_passes(
-    train_step.StepSettings(2), small.objective_of(name="cubic"), small.N
-  ) == "one"  # fmt: skip
+  plan = scoring.plan(
+    small.objective_of(name="cubic"), StepSettings(2), 4, small.N
+  )
+  assert not plan.two_passes

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rspo_jax.algorithm import advantages as host
 from rspo_jax.algorithm import likelihood, objectives
-from rspo_jax.algorithm.objectives import ObjectiveSettings, Terms
+from rspo_jax.algorithm.objectives import ObjectiveSettings
+from rspo_jax.algorithm.types import Terms
 from rspo_jax.config import schema
-from rspo_jax.run import rollout
-from rspo_jax.tasks import base
 
 PROMPTS, GROUP, MASKS = 3, 4, 4
 N = PROMPTS * GROUP
@@ -34,8 +34,9 @@ def terms_of(settings, n=N, masks=MASKS, seed=0, keep=None, **given):
     advantage=rng.normal(0, 1, n),
     length=rng.integers(1, 9, n),
     keep=np.ones(n) if keep is None else keep,
+    lambda_=settings.lambda_,
   ) | {k: v for k, v in given.items() if v is not None}
-  values["target"] = objectives.targets(
+  values["target"] = host.targets(
     np.asarray(values["advantage"]), settings.lambda_
   )
   return Terms(**{k: jnp.asarray(v, jnp.float32) for k, v in values.items()})
@@ -120,6 +121,33 @@ def test_the_objective_and_its_weights_are_those_of_the_definition(
   np.testing.assert_allclose(gradient, weight, rtol=2e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("keep", (None, DROPPED), ids=("all", "dropped"))
+@pytest.mark.parametrize("settings", VARIANTS, ids=NAMES)
+def test_the_gap_that_is_shown_is_that_of_the_definition(settings, keep):
+  terms = terms_of(settings, keep=keep)
+  found = objectives.calibration(terms, settings)
+  gap = np.where(terms.keep, definition(terms, settings)[1], 0.0)
+  kept = np.asarray(terms.keep) > 0
+  np.testing.assert_allclose(
+    found["gap"][kept], gap[kept], rtol=1e-5, atol=1e-5
+  )
+  np.testing.assert_allclose(
+    found["gap"],
+    found["advantage"] - settings.lambda_ * found["estimate"],
+    rtol=1e-5,
+    atol=1e-5,
+  )
+  np.testing.assert_array_equal(found["target"], terms.target)
+
+
+def test_what_has_no_gap_shows_the_relative_score_alone():
+  terms = terms_of(settings_of())
+  assert set(objectives.calibration(terms, settings_of(name="rft"))) == {
+    "relative"
+  }
+  assert objectives.calibration(terms, settings_of(name="sft")) == {}
+
+
 @pytest.mark.parametrize("centring", schema.CENTRINGS)
 def test_the_gradient_is_lambda_times_that_of_least_squares(centring):
   settings = settings_of(lambda_=0.7, centring=centring)
@@ -148,7 +176,7 @@ def test_the_gradient_is_lambda_times_that_of_least_squares(centring):
 @pytest.mark.parametrize("unit", schema.LAMBDA_UNITS)
 def test_lambda_zero_is_advantage_weighted_elbo_and_divides_by_nothing(unit):
   settings = settings_of(lambda_=0.0, lambda_unit=unit)
-  assert (objectives.targets(np.ones(3, np.float32), 0.0) == 0).all()
+  assert (host.targets(np.ones(3, np.float32), 0.0) == 0).all()
   terms = terms_of(settings)
   # What must not matter: the target, and the reference but for the value.
   odd = terms.replace(target=jnp.full(N, jnp.nan), reference=terms.policy + 7)
@@ -203,10 +231,10 @@ def test_units_agree_where_lengths_are_equal():
 
 def test_equal_rewards_leave_only_the_pull_towards_the_reference():
   rewards = np.array([[0.1] * 4, [0.0, 1.0, 0.0, 0.0], [1.0] * 4], np.float32)
-  advantage = objectives.group_advantages(rewards).reshape(-1)
+  advantage = host.group_advantages(rewards).reshape(-1)
   settings = settings_of()
   equal = np.repeat([True, False, True], GROUP)
-  assert (objectives.targets(advantage, 3.0)[equal] == 0).all()
+  assert (host.targets(advantage, 3.0)[equal] == 0).all()
   terms = terms_of(settings, advantage=advantage)
   start = terms.replace(reference=terms.policy)
   assert (np.asarray(weights_of(start, settings)[1])[equal] == 0).all()
@@ -225,7 +253,7 @@ def test_the_order_within_a_group_does_not_matter():
   order = np.concatenate([g * 4 + rng.permutation(4) for g in range(3)])
   for settings in VARIANTS:
     terms = terms_of(settings)
-    moved = jax.tree.map(lambda x: x[order], terms)
+    moved = jax.tree.map(lambda x: x[order] if x.ndim else x, terms)
     value, gradient, _ = weights_of(terms, settings)
     value2, gradient2, _ = weights_of(moved, settings)
     np.testing.assert_allclose(value, value2, rtol=1e-5, atol=1e-7)
@@ -249,7 +277,7 @@ def test_dropped_groups_influence_nothing(name, gap_masks):
     first, second = weights_of(terms, settings), weights_of(odd, settings)
     jax.tree.map(np.testing.assert_array_equal, first, second)
     assert (np.asarray(first[1])[DROPPED == 0] == 0).all()
-    rest = jax.tree.map(lambda x: x[DROPPED == 1], terms)
+    rest = jax.tree.map(lambda x: x[DROPPED == 1] if x.ndim else x, terms)
     alone = weights_of(rest, settings)
     np.testing.assert_allclose(first[0], alone[0], rtol=1e-5)
     np.testing.assert_allclose(
@@ -294,6 +322,7 @@ def expected_gradient(centring, group, prompts):
       target=advantage / settings.lambda_,
       length=jnp.ones(n),
       keep=jnp.ones(n),
+      lambda_=settings.lambda_,
     )
     return objectives.rspo(terms, settings)[0].mean()
 
@@ -337,6 +366,7 @@ def test_a_fixed_advantage_has_the_tilt_by_it_as_fixed_point():
       target=advantage / settings.lambda_,
       length=jnp.ones(3),
       keep=jnp.ones(3),
+      lambda_=settings.lambda_,
     )
     probability = jax.lax.stop_gradient(jax.nn.softmax(theta))
     return (probability * objectives.rspo(terms, settings)[0]).sum()
@@ -390,6 +420,7 @@ def expected_by_enumeration(models, settings, theta, advantage, draws, pair):
         target=advantage / settings.lambda_,
         length=jnp.ones(n),
         keep=jnp.ones(n),
+        lambda_=settings.lambda_,
       )
       return objectives.rspo(terms, settings)[0].mean()
 
@@ -640,21 +671,14 @@ def test_supervised_training_is_rspo_with_advantage_one_and_no_lambda():
   np.testing.assert_allclose(b[0], -scores[DROPPED == 1].mean(), rtol=1e-6)
 
 
-def assembled(correct, settings, **options):
-  """`rollout.assemble` of completions of one token with these verdicts."""
-  n = correct.size
-  verdicts = [base.Verdict(float(x), bool(x), {}, "") for x in correct.flat]
-  return rollout.assemble(
-    np.zeros((n, 2), np.int32),
-    np.ones((n, 2), bool),
-    np.ones((n, 1), bool),
-    rollout.Judged([""] * n, verdicts),
-    settings,
-    normalize=False,
-    scope="completion",
-    shards=1,
-    **options,
+def advantages_of(correct, settings, skip_equal_groups, keep_groups=0):
+  """(advantages [N], keep bool [N]) of completions with these verdicts."""
+  settings = dataclasses.replace(settings, skip_equal_groups=skip_equal_groups)
+  found = objectives.rollout_advantages(
+    correct.astype(np.float32), correct, settings, keep_groups
   )
+  keep = (found != 0).any(1) | (not skip_equal_groups)
+  return found.reshape(-1), np.repeat(keep, correct.shape[1])
 
 
 @pytest.mark.parametrize(
@@ -672,15 +696,13 @@ def test_rejection_sampling_is_the_plain_mean_over_right_completions(
   correct = [[1, 0, 0, 1], *[[0, 0, 0, 0]] * wrong_groups, [0, 1, 1, 1]]
   correct = np.array(correct, bool)
   settings = settings_of(name="rft", group_size=4)
-  batch = assembled(correct, settings, **options)
-  assert batch.advantage.dtype == np.float32
-  right = correct.reshape(-1)[batch.row]
+  advantage, keep = advantages_of(correct, settings, **options)
+  assert advantage.dtype == np.float32
+  right, n = correct.reshape(-1), correct.size
   if "keep_groups" in options:
-    right &= batch.row < 4
-  assert ((batch.advantage != 0) == right).all()
-  keep = batch.keep > 0
-  n = len(right)
-  terms = terms_of(settings, n=n, advantage=batch.advantage, keep=keep)
+    right = right & (np.arange(n) < 4)
+  assert ((advantage != 0) == right).all()
+  terms = terms_of(settings, n=n, advantage=advantage, keep=keep)
   value, gradient, metrics = weights_of(terms, settings)
   scores = np.asarray(terms.policy, np.float64).mean(1)
   np.testing.assert_allclose(value, -scores[right].mean(), rtol=1e-6)
@@ -695,9 +717,9 @@ def test_rejection_sampling_is_the_plain_mean_over_right_completions(
 @pytest.mark.parametrize("skip", [False, True])
 def test_rejection_sampling_of_nothing_right_moves_nothing(skip):
   settings = settings_of(name="rft", group_size=3)
-  batch = assembled(np.zeros((2, 3), bool), settings, skip_equal_groups=skip)
-  assert (batch.advantage == 0).all()
-  assert (batch.keep == (not skip)).all()
+  advantage, keep = advantages_of(np.zeros((2, 3), bool), settings, skip)
+  assert (advantage == 0).all()
+  assert (keep == (not skip)).all()
 
 
 # Advantages and targets, on the host.
@@ -706,7 +728,7 @@ def test_rejection_sampling_of_nothing_right_moves_nothing(skip):
 def test_advantages_are_those_of_the_definition():
   rng = np.random.default_rng(0)
   rewards = rng.normal(size=(5, 6)).astype(np.float32)
-  ours = objectives.group_advantages(rewards)
+  ours = host.group_advantages(rewards)
   assert ours.dtype == np.float32
   for row, group in zip(ours, rewards.astype(np.float64), strict=True):
     mean = sum(group) / 6
@@ -714,11 +736,11 @@ def test_advantages_are_those_of_the_definition():
     np.testing.assert_allclose(
       row, [(r - mean) / (std + 1e-4) for r in group], rtol=1e-6
     )
-  plain = objectives.group_advantages(rewards, normalize=False)
+  plain = host.group_advantages(rewards, normalize=False)
   mean = rewards.astype(np.float64).mean(1, keepdims=True)
   np.testing.assert_allclose(plain, rewards - mean, rtol=1e-5, atol=1e-7)
   # By hand: 0, 0, 0, 1 has mean 1/4 and standard deviation 1/2 (ddof 1).
-  one = objectives.group_advantages(np.array([[0.0, 0.0, 0.0, 1.0]]))
+  one = host.group_advantages(np.array([[0.0, 0.0, 0.0, 1.0]]))
   np.testing.assert_allclose(one, [[-0.4999, -0.4999, -0.4999, 1.4997]], 1e-4)
 
 
@@ -727,36 +749,36 @@ def test_equal_rewards_have_advantage_zero_exactly():
   for kind in (np.float32, np.float64):
     for value, size in itertools.product(values, sizes):
       rewards = np.full((1, size), value, kind)
-      assert (objectives.group_advantages(rewards) == 0).all()
-      assert (objectives.group_advantages(rewards, False) == 0).all()
-      assert objectives.equal_groups(rewards).all()
+      assert (host.group_advantages(rewards) == 0).all()
+      assert (host.group_advantages(rewards, False) == 0).all()
+      assert host.equal_groups(rewards).all()
     # The trap: the mean of seven 0.1's is another number.
     sevens = np.full(7, 0.1, kind)
     assert (sevens - sevens.mean() != 0).any()
   # Nearly equal is not equal.
   rewards = np.full((1, 4), 0.5, np.float32)
   rewards[0, 0] = np.nextafter(np.float32(0.5), np.float32(1))
-  assert not objectives.equal_groups(rewards).any()
-  assert (objectives.group_advantages(rewards) != 0).all()
+  assert not host.equal_groups(rewards).any()
+  assert (host.group_advantages(rewards) != 0).all()
 
 
 def test_groups_of_one_and_numbers_that_are_none_are_refused():
   for shape in ((4, 1), (4,), (0,)):
     with pytest.raises(ValueError, match=r"rollout\.group_size must be"):
-      objectives.group_advantages(np.zeros(shape))
+      host.group_advantages(np.zeros(shape))
   for bad in (np.nan, np.inf, -np.inf):
     rewards = np.zeros((3, 4))
     rewards[1, 2] = bad
     with pytest.raises(ValueError, match=f"completion 2 of prompt 1 is {bad}"):
-      objectives.group_advantages(rewards)
+      host.group_advantages(rewards)
 
 
 def test_targets_are_advantages_over_lambda():
   advantages = np.array([[-1.5, 0.0, 2.0]], np.float32)
-  ours = objectives.targets(advantages, 0.01)
+  ours = host.targets(advantages, 0.01)
   assert ours.dtype == np.float32 and ours.shape == (1, 3)
   np.testing.assert_allclose(ours, [[-150, 0, 200]], rtol=1e-6)
-  assert (objectives.targets(advantages, 0.0) == 0).all()
+  assert (host.targets(advantages, 0.0) == 0).all()
 
 
 @pytest.mark.parametrize(

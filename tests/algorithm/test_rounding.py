@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rspo_jax.algorithm import rounding, train_step
+from rspo_jax.algorithm import optimizer as optimizers
+from rspo_jax.algorithm import rounding
 
 
 def test_a_value_goes_to_its_neighbours_with_its_own_value_as_mean():
@@ -45,10 +46,10 @@ def test_a_thousand_steps_of_a_millionth_move_a_weight_by_a_thousandth():
 
 def test_an_optimizer_with_bfloat16_state_takes_the_same_way_on_average():
   # AdamW of a constant gradient moves by its rate a step, whatever it stores.
-  settings = train_step.OptimizerSettings(
+  settings = optimizers.OptimizerSettings(
     1e-6, clip_norm=1e9, moment_dtype="bfloat16"
   )
-  optimizer = train_step.make_optimizer(settings)
+  optimizer = optimizers.make_optimizer(settings)
   params = {"kernel": jnp.full((64, 64), 0.02, jnp.bfloat16)}
   state = optimizer.init(params)
   kinds = {str(x.dtype) for x in jax.tree.leaves(state)}

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from rspo_jax.algorithm import scoring, train_step
+from rspo_jax.algorithm import scoring
+from rspo_jax.algorithm.microbatches import StepSettings
 from rspo_jax.algorithm.objectives import ObjectiveSettings
 
 GROUP, SEQUENCES, MASKS = 4, 16, 2
@@ -23,7 +24,7 @@ def planned(name, updates, micro, skip, shared, stale):
   objective = ObjectiveSettings(
     name=name, group_size=GROUP, kl_weight=0.1, skip_equal_groups=skip
   )
-  step = train_step.StepSettings(micro, updates_per_rollout=updates)
+  step = StepSettings(micro, updates_per_rollout=updates)
   return scoring.plan(
     objective, step, MASKS, SEQUENCES, shared_base=shared, stale=stale
   )
@@ -82,3 +83,31 @@ def test_policy_and_reference_share_a_pass_where_they_share_a_base():
   assert not outside.inside and outside.before(0).together
   apart = planned("rspo", 1, 2, False, False, False)
   assert apart.before(0) == scoring.Needed(True, True, False)
+
+
+def two_passes(centring, micro_batch, **options):
+  """Whether a plan takes two passes."""
+  objective = ObjectiveSettings(centring=centring, group_size=GROUP)
+  step = StepSettings(micro_batch, **options)
+  return scoring.plan(objective, step, MASKS, SEQUENCES).two_passes
+
+
+def test_one_pass_where_the_centring_set_fits():
+  assert not two_passes("group", 4)
+  assert two_passes("group", 2)
+  assert not two_passes("group", 8, shards=2)
+  assert two_passes("group", 4, shards=2)  # half a group a shard
+  assert not two_passes("batch", 16)
+  assert two_passes("batch", 8)
+  assert not two_passes("none", 1)
+  assert two_passes("none", 1, passes="two")
+  with pytest.raises(ValueError, match=r"'one' is not exact .*multiple of 4"):
+    two_passes("group", 2, passes="one")
+  with pytest.raises(ValueError, match=r"train\.passes='three'"):
+    two_passes("group", 4, passes="three")
+
+
+def test_one_pass_wants_all_masks_of_a_sequence_together():
+  assert two_passes("group", GROUP, micro_masks=2)
+  with pytest.raises(ValueError, match=r"train\.micro_masks=2.*'two'"):
+    two_passes("group", GROUP, micro_masks=2, passes="one")

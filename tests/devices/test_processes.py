@@ -14,13 +14,13 @@ import jax
 import numpy as np
 import pytest
 import tiny_runs
+from etils import epath
 
 from rspo_jax import main
 from rspo_jax.devices import processes
 from rspo_jax.run import data
 from rspo_jax.run import program as program_lib
 from rspo_jax.storage import mirror
-from rspo_jax.storage.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TESTS = pathlib.Path(__file__).resolve().parent
@@ -145,15 +145,7 @@ def test_each_process_verifies_its_own_share_and_the_first_alone_writes(
   argv = tiny("unused", **SHORT)
   program = tiny_runs.program_of(argv)
   examples = data.load_examples(program.task, "train", settings.data)
-  batches = data.prompt_batches(
-    examples,
-    prompt=program.prompt,
-    encode=program.model.tokenizer.encode,
-    prompt_length=settings.data.prompt_length,
-    pad_id=program.model.config.pad_id,
-    batch_size=8,
-    seed=0,
-  )
+  batches = data.prompt_batches(program.prompts(examples), 8, 0)
   size = 4  # prompts of a host, of 8
   for step in range(2):
     whole = [program.prompt(example) for example in batches[step].examples]
@@ -177,10 +169,10 @@ def test_a_checkpoint_of_two_processes_is_one_of_one_and_the_other_way(
 ):
   _, said, begun = two_hosts
   program = tiny_runs.program_of(tiny("unused", **SHORT))
-  with Checkpointer("gs://bucket/hosts/run/checkpoints") as checkpointer:
-    of_two = checkpointer.restore(program.state_template)
-  with Checkpointer(alone / "checkpoints") as checkpointer:
-    of_one = checkpointer.restore(program.state_template)
+  of_two, of_one = (
+    tiny_runs.newest(folder, program)
+    for folder in (epath.Path("gs://bucket/hosts/run"), alone)
+  )
   assert of_two.step == of_one.step == 2
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),

@@ -197,7 +197,9 @@ LAYOUTS = """
 import json, re, sys
 import jax, numpy as np, tiny_runs
 from rspo_jax.config import load
-from rspo_jax import main, program, settings, sharding, train_step
+from rspo_jax.algorithm import streams
+from rspo_jax.devices import sharding
+from rspo_jax.run import program, settings
 rng = np.random.default_rng(0)
 prompts = rng.integers(0, 4, (8, 16)).astype(np.int32), np.ones((8, 16), bool)
 out = []
@@ -216,9 +218,10 @@ with tiny_runs.quick():
     arguments = (
       params,
       *sharding.put_global(built.mesh, prompts),
-      train_step.stream_key(0, 0, train_step.ROLLOUT),
+      streams.stream_key(0, 0, streams.ROLLOUT),
     )
-    compiled = built.rollout_fn.lower(*arguments).compile()
+    with sharding.active(built.mesh):
+      compiled = built.rollout_fn.trace(*arguments).lower().compile()
     completions = built.rollout_fn(*arguments)
     gathered = re.findall(
       r"= ([a-z0-9]+\\[[0-9,]*\\])\\S* all-gather", compiled.as_text()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from rspo_jax.config import schema
-from rspo_jax.run import data
+from rspo_jax.run import data, demonstrations
 from rspo_jax.tasks import TASKS
 
 PAD, EOS = 98, 99
@@ -36,24 +36,24 @@ def prompt(example):
   return TASKS["countdown"].prompt(example, "compact")
 
 
-def prompts_of(count=20, size=6, seed=0, **options):
-  options = {"prompt_length": 16, "pad_id": PAD} | options
-  return data.prompt_batches(
-    examples_of(count), prompt, encode, size, seed, **options
+def tokenised(examples, length=16, **options):
+  return data.Prompts(examples, prompt, encode, length, PAD, **options)
+
+
+def prompts_of(
+  count=20, size=6, seed=0, prompt_length=16, long_prompts="refuse", **options
+):
+  prompts = tokenised(
+    examples_of(count), prompt_length, long_prompts=long_prompts
   )
+  return data.prompt_batches(prompts, size, seed, **options)
 
 
 def demonstrations_of(count=20, size=6, seed=0, **options):
-  options = {
-    "prompt_length": 16,
-    "completion_length": 14,
-    "pad_id": PAD,
-    "eos_id": EOS,
-  } | options
-  return data.demonstration_batches(
-    examples_of(count),
+  options = {"completion_length": 14, "eos_id": EOS} | options
+  return demonstrations.demonstration_batches(
+    tokenised(examples_of(count)),
     TASKS["countdown"],
-    prompt,
     encode,
     size,
     seed,
@@ -80,14 +80,6 @@ class TestPromptBatches:
       used[step]
     np.testing.assert_array_equal(used[4].tokens, fresh[4].tokens)
     assert used[4].examples == fresh[4].examples
-
-  def test_iterating_from_a_step_continues_the_run(self):
-    whole = iter(prompts_of())
-    rest = iter(prompts_of(start_step=3))
-    for _ in range(3):
-      next(whole)
-    for _ in range(5):
-      np.testing.assert_array_equal(next(whole).tokens, next(rest).tokens)
 
   def test_another_seed_gives_another_order(self):
     first, second = prompts_of(seed=0)[0], prompts_of(seed=1)[0]
@@ -163,9 +155,10 @@ class TestPromptBatches:
   ):
     monkeypatch.setattr(data, "_CHECKED_PROMPTS", checked)
     examples = examples_of(18)
-    tokens, mask, cut = data.encode_prompts(
-      examples, prompt, encode, 10, PAD, "keep_tail"
+    found = tokenised(examples, 10, long_prompts="keep_tail").batch(
+      np.arange(18)
     )
+    tokens, mask, cut = found.tokens, found.mask, found.cut
     texts = [prompt(e) for e in examples]
     assert [decode(t[m]) for t, m in zip(tokens, mask, strict=True)] == [
       text[-10:] for text in texts
@@ -177,7 +170,7 @@ class TestPromptBatches:
 
   def test_a_prompt_that_cannot_be_encoded_is_named(self):
     with pytest.raises(data.DataError, match=r"prompt 0, 'A'.*no token"):
-      data.encode_prompts([{}], lambda example: "A", encode, 4, PAD)
+      data.Prompts([{}], lambda example: "A", encode, 4, PAD)
 
   @pytest.mark.parametrize(
     ("options", "message"),
@@ -196,9 +189,10 @@ class TestPromptBatches:
     with pytest.raises(IndexError):
       prompts_of()[-1]
 
-  def test_encode_prompts_keeps_the_order(self):
+  def test_a_split_is_a_batch_in_its_own_order(self):
     examples = examples_of(7)
-    tokens, mask, cut = data.encode_prompts(examples, prompt, encode, 16, PAD)
+    found = tokenised(examples).batch(np.arange(7))
+    tokens, mask, cut = found.tokens, found.mask, found.cut
     assert not cut.any()
     texts = [decode(t[m]) for t, m in zip(tokens, mask, strict=True)]
     assert texts == [prompt(e) for e in examples]

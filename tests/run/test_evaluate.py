@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from rspo_jax.algorithm import train_step
+from rspo_jax.algorithm import streams
 from rspo_jax.devices import sharding
-from rspo_jax.run import evaluate, rollout
+from rspo_jax.run import data, evaluate, rollout
 from rspo_jax.tasks import base
 
 
@@ -61,12 +61,13 @@ def test_wilson_interval_meets_published_values():
 class Echo:
   """A rollout that answers with the prompt and keeps its calls."""
 
-  def __init__(self):
-    self.calls = []
+  def __init__(self, called=False):
+    self.calls, self.called = [], called
 
   def __call__(self, params, tokens, mask, key):
     import jax
 
+    self.called = True
     self.calls.append(
       (params, np.asarray(tokens), jax.random.key_data(key).tolist())
     )
@@ -84,11 +85,21 @@ class Echo:
     )
 
 
-def run(total, batch, seed=0, on_batch=lambda done, total: None, **options):
+def run(
+  total,
+  batch,
+  seed=0,
+  on_batch=lambda done, total: None,
+  compiled=False,
+  **options,
+):
   """An evaluation of `total` prompts, prompt i being [i, i, i]."""
   tokens = np.repeat(np.arange(total)[:, None], 3, axis=1).astype(np.int32)
-  prompts = evaluate.Prompts(
-    tokens, np.ones_like(tokens, bool), [{"i": i} for i in range(total)]
+  prompts = data.PromptBatch(
+    tokens,
+    np.ones_like(tokens, bool),
+    [{"i": i} for i in range(total)],
+    np.zeros(total, bool),
   )
 
   def judge(examples, texts):
@@ -101,9 +112,9 @@ def run(total, batch, seed=0, on_batch=lambda done, total: None, **options):
   def to_text(tokens, mask):
     return [f"{row[0]}:{kept.sum()}" for row, kept in zip(tokens, mask)]  # noqa: B905
 
-  echo = Echo()
+  echo = Echo(compiled)
   mesh = sharding.make_mesh()
-  result = evaluate.run(
+  result = evaluate.decode(
     echo,
     "params",
     prompts,
@@ -149,9 +160,9 @@ def test_every_batch_has_a_key_of_its_own_and_each_time_the_same():
   import jax
 
   training = [
-    jax.random.key_data(train_step.stream_key(4, step, stream)).tolist()
+    jax.random.key_data(streams.stream_key(4, step, stream)).tolist()
     for step in range(3)
-    for stream in (train_step.ROLLOUT, train_step.MASKS)
+    for stream in (streams.ROLLOUT, streams.MASKS)
   ]
   assert not {str(key) for key in keys} & {str(key) for key in training}
 
@@ -188,7 +199,7 @@ def test_a_speed_is_told_only_of_batches_that_had_nothing_to_compile():
   cold, _ = run(3, 3)
   assert cold.tokens_per_s is None
   assert not [k for k in evaluate.metrics(cold, cold) if k.endswith("per_s")]
-  for result, _ in (run(4, 3), run(3, 3, warm=True)):
+  for result, _ in (run(4, 3), run(3, 3, compiled=True)):
     assert result.tokens_per_s > 0
     values = evaluate.metrics(cold, result)
     assert values["eval/tokens_sampled_per_s"] == result.tokens_per_s

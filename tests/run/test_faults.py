@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_runs
-from flax import linen as nn
 from hypothesis import strategies as st
 
 from benchmarks import kill
 from rspo_jax import main
-from rspo_jax.algorithm import train_step
+from rspo_jax.algorithm.types import RolloutBatch
 from rspo_jax.devices import sharding
-from rspo_jax.run import collapse, incident, rollout
+from rspo_jax.run import collapse, evaluate, incident, rollout
 from rspo_jax.run import program as program_lib
-from rspo_jax.run.runs import Run
+from rspo_jax.run import step as step_lib
+from rspo_jax.run.compiled import Compiled
 from rspo_jax.storage.checkpoint import Checkpointer
 
 STEPS = tiny_runs.SMALL["run.steps"]
@@ -41,16 +41,16 @@ def program(tiny):
 
 def poison(monkeypatch, *steps):
   """Makes advantages and targets of the given steps (from 1) NaN."""
-  original = Run.rollout_batch
+  original = step_lib.roll_out
 
   def poisoned(run, *args):
-    batch, scores, values = original(run, *args)
-    if run.step + 1 in steps:
-      bad = batch.advantage * jnp.nan
-      batch = batch.replace(advantage=bad, target=bad)
-    return batch, scores, values
+    made = original(run, *args)
+    if run.state.step + 1 in steps:
+      bad = made.batch.advantage * jnp.nan
+      made.batch = made.batch.replace(advantage=bad, target=bad)
+    return made
 
-  monkeypatch.setattr(Run, "rollout_batch", poisoned)
+  monkeypatch.setattr(step_lib, "roll_out", poisoned)
 
 
 # Numbers that are no numbers.
@@ -77,16 +77,15 @@ def test_a_step_that_is_not_finite_is_not_applied_and_can_be_computed_again(
   record, arrays = incident.load(folder)
   assert record["not_finite"]["loss"] == "nan" and record["in_a_row"] == 1
   assert np.isnan(arrays["batch.advantage"]).all()
-  batch = train_step.RolloutBatch(
+  batch = RolloutBatch(
     **{
       field.name: arrays.get(f"batch.{field.name}")
-      for field in dataclasses.fields(train_step.RolloutBatch)
+      for field in dataclasses.fields(RolloutBatch)
     }
   )
   masks = jax.random.wrap_key_data(np.array(record["keys"]["masks"], np.uint32))
   again = sharding.put_global(program.mesh, batch)
-  with program.mesh, nn.logical_axis_rules(sharding.RULES):
-    scores = program.estimate_fn(program.params, again, masks)
+  scores = program.estimate_fn(program.reference, again, masks)
   np.testing.assert_array_equal(scores, arrays["scores.0.reference"])
   prompts = np.array(batch.tokens)[:, : program.settings.data.prompt_length]
   texts = program.to_text(prompts, batch.token_mask[:, : prompts.shape[1]])
@@ -105,7 +104,7 @@ def test_three_in_a_row_stop_the_run_with_3_at_its_last_good_state(
   assert "the last good state, of step 2, is saved" in error
   assert "Traceback" not in error
   restored = tiny_runs.newest(tmp_path, program)
-  assert restored.step == int(restored.state.step) == 2
+  assert restored.step == int(restored.state["train"].step) == 2
   assert len(list((tmp_path / "incident").iterdir())) == 3
   # The culprit gone, nothing remains of it.
   assert main.main(tiny(tmp_path, run__checkpoint_every=4)) == 0
@@ -141,8 +140,8 @@ def test_a_state_that_is_not_finite_is_never_saved(
   whole, tiny, tmp_path, monkeypatch, program, capsys
 ):
   def overflow(run):
-    params = jax.tree.map(lambda x: x * jnp.inf, run.state.params)
-    run.state = run.state.replace(params=params)
+    params = jax.tree.map(lambda x: x * jnp.inf, run.state.train.params)
+    run.state.train = run.state.train.replace(params=params)
 
   tiny_runs.disturb(monkeypatch, "check_state", 4, overflow)
   assert main.main(tiny(tmp_path)) == 3
@@ -214,8 +213,8 @@ def test_batches_without_differences_are_counted_and_move_nothing_at_first(
   assert [row["rollout/empty_share"] for row in rows] == [1, 1]
   assert all(math.isfinite(value) for row in rows for value in row.values())
   # While policy and reference are one, the pull to the reference is zero.
-  params = tiny_runs.newest(tmp_path, program).state.params
-  jax.tree.map(np.testing.assert_array_equal, params, program.params)
+  params = tiny_runs.newest(tmp_path, program).state["train"].params
+  jax.tree.map(np.testing.assert_array_equal, params, program.reference)
 
 
 # Collapse.
@@ -290,7 +289,7 @@ def test_a_signal_amid_a_phase_ends_the_run_with_75_within_10_seconds(
     original = getattr(owner, method)
 
     def wrapped(self, *args):
-      if applies(args):
+      if applies(self):
         signal_soon()
         time.sleep(0.05)
       return original(self, *args)
@@ -298,11 +297,11 @@ def test_a_signal_amid_a_phase_ends_the_run_with_75_within_10_seconds(
     monkeypatch.setattr(owner, method, wrapped)
 
   if phase == "reward":
-    around(program_lib.Program, "judge", lambda args: True)
+    around(program_lib.Program, "judge", lambda self: True)
   elif phase == "save":
-    around(Checkpointer, "save", lambda args: True)
+    around(Checkpointer, "save", lambda self: True)
   else:
-    around(Run, "call", lambda args: args[0] == phase)
+    around(Compiled, "__call__", lambda self: self.name == phase)
   assert main.main(tiny(tmp_path)) == 75
   assert time.monotonic() - sent[0] < 10
   assert main.main(tiny(tmp_path)) == 0
@@ -315,14 +314,15 @@ def test_a_signal_amid_a_phase_ends_the_run_with_75_within_10_seconds(
 def test_the_best_by_validation_is_kept_beside_the_last(
   tiny, tmp_path, monkeypatch
 ):
-  original = Run.evaluate
+  original = evaluate.evaluate
   accuracy_by_step = {0: 0.1, 2: 0.9, 4: 0.2, STEPS: 0.3}
 
   def graded(run, stem):
-    found = original(run, stem)
-    return found | {"eval/accuracy": accuracy_by_step[run.step]}
+    found, greedy = original(run, stem)
+    accuracy = accuracy_by_step[run.state.step]
+    return found | {"eval/accuracy": accuracy}, greedy
 
-  monkeypatch.setattr(Run, "evaluate", graded)
+  monkeypatch.setattr(evaluate, "evaluate", graded)
   command = tiny(
     tmp_path,
     run__checkpoint_every=100,

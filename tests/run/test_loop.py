@@ -22,9 +22,9 @@ import tiny_runs
 
 import rspo_jax
 from rspo_jax import main
+from rspo_jax.run import evaluate, scoring, workdir
 from rspo_jax.run import program as program_lib
-from rspo_jax.run import workdir
-from rspo_jax.run.runs import Run, Stopwatch, evaluation_prompts
+from rspo_jax.run import step as step_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 KINDS = ("greedy", "sampled")
@@ -140,7 +140,7 @@ def test_metrics_hold_every_step_once_with_the_keys_of_the_contract(whole):
 
 
 def test_the_host_share_is_what_the_device_waited_for_at_most():
-  watch = Stopwatch()
+  watch = step_lib.Stopwatch()
   watch.seconds = {
     "time/data_s": 1.0,
     "time/rollout_s": 4.0,
@@ -162,7 +162,7 @@ def test_scores_that_need_no_reward_are_begun_before_the_rewards(
   events = tiny_runs.noted(
     monkeypatch,
     rewards=(program_lib.Program, "judge"),
-    scores=(Run, "scores"),
+    scores=(scoring, "score"),
   )
   argv = tiny(tmp_path / "run", objective__skip_equal_groups=skip, run__steps=2)
   assert main.main(argv) == 0
@@ -193,7 +193,7 @@ def test_at_the_start_policy_and_reference_score_exactly_alike(whole):
 def test_the_first_update_is_held_to_the_agreement(dtype, std, said):
   words = []
   run = types.SimpleNamespace(
-    step=0,
+    state=types.SimpleNamespace(step=0),
     settings=types.SimpleNamespace(
       objective=types.SimpleNamespace(subtract_reference=True)
     ),
@@ -205,11 +205,11 @@ def test_the_first_update_is_held_to_the_agreement(dtype, std, said):
     writer=types.SimpleNamespace(warn=words.append, say=words.append),
   )
   values = {"score/relative_mean": -1e-7, "score/relative_std": std}
-  Run.check_first_update(run, values)
+  scoring.check_first_update(run, values)
   assert len(words) == bool(said) and said in "".join(words)
   words.clear()
-  run.step = 1
-  Run.check_first_update(run, values)
+  run.state.step = 1
+  scoring.check_first_update(run, values)
   assert not words
 
 
@@ -368,11 +368,11 @@ def test_model_folder_holds_the_parameters_of_the_last_checkpoint(
 ):
   model = rspo_jax.load_model(whole / "model")
   assert model.tokenizer.decode(model.tokenizer.encode("1234")) == "1234"
-  state = tiny_runs.newest(whole, program).state
+  state = tiny_runs.newest(whole, program).state["train"]
   jax.tree.map(np.testing.assert_array_equal, model.params, state.params)
   moved = jax.tree.map(
     lambda a, b: float(np.abs(np.asarray(a) - np.asarray(b)).max()),
-    program.params,
+    program.reference,
     state.params,
   )
   assert max(jax.tree.leaves(moved)) > 1e-4
@@ -380,9 +380,9 @@ def test_model_folder_holds_the_parameters_of_the_last_checkpoint(
 
 def test_nothing_is_compiled_twice_in_a_run(whole, program):
   del whole
-  counts = program.compiled_programs()
-  # Runs that drop groups do not use it; one that keeps them shares the program.
-  assert counts.pop("present_fn") <= 1
+  counts = program.compilations()
+  for name in ("finishing", "order of scores", "refreshing"):
+    assert counts.pop(name) == 0
   assert set(counts.values()) == {1}, counts
 
 
@@ -413,7 +413,7 @@ def test_a_run_samples_through_the_cache_and_keeps_the_tails_of_prompts(
     program = tiny_runs.program_of(
       tiny("unused", data__prompt_length=12, run__steps=2)
     )
-    evaluation_prompts(program, "validation", 0)
+    evaluate.prompts_of(program, "validation", 0)
 
 
 def test_the_same_command_on_a_finished_run_says_so(whole, tiny, capsys):
@@ -493,13 +493,13 @@ def test_groups_with_equal_rewards_only_dilute_the_first_gradient(
 POINTS = [
   ("evaluate", 0),
   ("stop_if_asked", 0),
-  ("train_one", 0),
-  ("train_one", 1),
+  ("train", 0),
+  ("train", 1),
   ("stop_if_asked", 2),
-  ("train_one", 2),
-  ("train_one", 3),
+  ("train", 2),
+  ("train", 3),
   ("evaluate", 4),
-  ("train_one", 4),
+  ("train", 4),
   ("stop_if_asked", 5),
 ]
 
@@ -536,7 +536,7 @@ def test_a_run_that_is_stopped_at_every_step_arrives_all_the_same(
   whole, tiny, tmp_path, monkeypatch, program
 ):
   for step in range(STEPS):
-    tiny_runs.disturb(monkeypatch, "train_one", step, tiny_runs.ask_to_stop)
+    tiny_runs.disturb(monkeypatch, "train", step, tiny_runs.ask_to_stop)
     assert main.main(tiny(tmp_path)) == 75
   assert main.main(tiny(tmp_path)) == 0
   tiny_runs.assert_same_run(tmp_path, whole, program)
@@ -546,14 +546,14 @@ def test_a_supervised_run_goes_on_as_if_it_had_not_been_stopped(
   whole_supervised, tiny, tmp_path, monkeypatch
 ):
   argv = tiny(tmp_path, **supervised())
-  tiny_runs.disturb(monkeypatch, "train_one", 2, tiny_runs.ask_to_stop)
+  tiny_runs.disturb(monkeypatch, "train", 2, tiny_runs.ask_to_stop)
   assert main.main(argv) == 75
   assert main.main(argv) == 0
   program = tiny_runs.program_of(argv)
   tiny_runs.assert_same_run(tmp_path, whole_supervised, program)
-  counts = program.compiled_programs()
-  assert counts["update_fn"] == counts["greedy_fn"] == 1
-  assert counts["rollout_fn"] == counts["estimate_fn"] == 0
+  counts = program.compilations()
+  assert counts["update"] == counts["greedy evaluation"] == 1
+  assert counts["rollout"] == counts["scores"] == 0
 
 
 def test_a_run_in_bfloat16_goes_on_as_if_it_had_not_been_stopped(
@@ -572,14 +572,16 @@ def test_a_run_in_bfloat16_goes_on_as_if_it_had_not_been_stopped(
     )
 
   assert main.main(argv("whole")) == 0
-  tiny_runs.disturb(monkeypatch, "train_one", 0, tiny_runs.ask_to_stop)
+  tiny_runs.disturb(monkeypatch, "train", 0, tiny_runs.ask_to_stop)
   assert main.main(argv("run")) == 75
   assert main.main(argv("run")) == 0
   one, other = tmp_path / "run", tmp_path / "whole"
   assert tiny_runs.repeatable(one) == tiny_runs.repeatable(other)
   assert tiny_runs.files(one / "model") == tiny_runs.files(other / "model")
   model = rspo_jax.load_model(one / "model", "bfloat16")
-  state = tiny_runs.newest(one, tiny_runs.program_of(argv("run"))).state
+  state = tiny_runs.newest(one, tiny_runs.program_of(argv("run"))).state[
+    "train"
+  ]
   assert {str(x.dtype) for x in jax.tree.leaves(state.params)} == {"bfloat16"}
   jax.tree.map(np.testing.assert_array_equal, model.params, state.params)
 
@@ -626,7 +628,7 @@ def test_sigterm_ends_a_process_with_75_and_the_same_command_goes_on(
 def test_a_damaged_checkpoint_is_passed_over_and_said(
   whole, tiny, tmp_path, monkeypatch, program, capsys
 ):
-  tiny_runs.disturb(monkeypatch, "train_one", 4, tiny_runs.crash)
+  tiny_runs.disturb(monkeypatch, "train", 4, tiny_runs.crash)
   with pytest.raises(tiny_runs.CrashError):
     main.main(tiny(tmp_path))
   damage(tmp_path / "checkpoints" / "step_00000004")
@@ -646,7 +648,7 @@ def damage(checkpoint):
 def test_a_run_without_any_good_checkpoint_stops_with_3(
   tiny, tmp_path, monkeypatch, capsys
 ):
-  tiny_runs.disturb(monkeypatch, "train_one", 3, tiny_runs.crash)
+  tiny_runs.disturb(monkeypatch, "train", 3, tiny_runs.crash)
   with pytest.raises(tiny_runs.CrashError):
     main.main(tiny(tmp_path))
   damage(tmp_path / "checkpoints" / "step_00000002")
@@ -660,13 +662,14 @@ def test_a_run_without_any_good_checkpoint_stops_with_3(
 def test_a_value_that_is_not_finite_stops_with_3_and_names_it(
   whole, tiny, tmp_path, monkeypatch, program, capsys
 ):
-  original, left = Run.train_one, ["loss"]
+  original, left = step_lib.train, ["loss"]
 
   def poisoned(run, batches):
     values = original(run, batches)
-    return values | ({left.pop(): math.nan} if run.step == 3 and left else {})
+    bad = run.state.step == 3 and left
+    return values | ({left.pop(): math.nan} if bad else {})
 
-  monkeypatch.setattr(Run, "train_one", poisoned)
+  monkeypatch.setattr(step_lib, "train", poisoned)
   assert main.main(tiny(tmp_path)) == 3
   assert "Step 3 is not finite: loss = nan" in capsys.readouterr().err
   assert tiny_runs.newest(tmp_path, program).step == 2
@@ -687,7 +690,7 @@ def test_a_full_disk_or_memory_stops_with_3(
   def fail(run):
     raise error
 
-  tiny_runs.disturb(monkeypatch, "train_one", 3, fail)
+  tiny_runs.disturb(monkeypatch, "train", 3, fail)
   assert main.main(tiny(tmp_path)) == 3
   assert said in capsys.readouterr().err
   assert main.main(tiny(tmp_path)) == 0

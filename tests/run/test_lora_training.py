@@ -12,7 +12,9 @@ import tiny_steps as steps
 
 import rspo_jax
 from rspo_jax import main
-from rspo_jax.algorithm import train_step
+from rspo_jax.algorithm.microbatches import StepSettings
+from rspo_jax.algorithm.types import init_state
+from rspo_jax.algorithm.update import make_estimate
 from rspo_jax.models import adapters, functions, lora
 from rspo_jax.run import program as program_lib
 
@@ -33,37 +35,29 @@ def test_both_streams_are_the_merged_models_and_share_one_gradient():
   """Dual scores and gradients against two merged models, one after another."""
   base, batch = steps.transformer_params(), steps.batch_of()
   policy, reference = random_adapter(1), random_adapter(2)
-  objective = steps.objective_of()
-  optimizer = optax.sgd(1.0)
   one = functions.make_logprob_fn(steps.CONFIG)
   both = functions.make_logprob_fn(steps.CONFIG, dual=True)
 
   def update_of(join, logprob_fn, pair_fn=None):
     return jax.jit(
-      train_step.make_update(
-        logprob_fn,
-        steps.MASK_ID,
-        optimizer,
-        optax.constant_schedule(1.0),
-        train_step.StepSettings(steps.GROUP),
-        steps.MASKS,
-        objective,
-        join,
-        pair_fn,
+      steps.make_update(
+        StepSettings(steps.GROUP),
+        steps.objective_of(),
+        logprob_fn=logprob_fn,
+        join=join,
+        pair_fn=pair_fn,
       )
     )
 
   frozen = lora.Adapted(base, None, reference, SETTINGS.scale)
   weighed = lambda fn: lambda params, *a: fn(lora.weights(params), *a)  # noqa: E731
-  state = train_step.init_state(policy, optimizer)
+  state = init_state(policy, optax.sgd(1.0))
   dual, metrics = update_of(program_lib.policy, weighed(one), weighed(both))(
     state, batch, steps.KEY, None, frozen=frozen
   )
 
   estimate = jax.jit(
-    train_step.make_estimate(
-      one, steps.MASK_ID, train_step.StepSettings(steps.N), steps.MASKS
-    )
+    make_estimate(one, steps.MASK_ID, StepSettings(steps.N), steps.MASKS)
   )
   merged = lora.merge(base, reference, SETTINGS.scale)
   scores = estimate(merged, batch, steps.KEY)
@@ -157,7 +151,7 @@ def test_a_checkpoint_holds_the_adapter_alone_and_a_run_goes_on_from_it(
   program = tiny_runs.program_of(tiny("cut"))
   shapes = jax.tree.leaves(program.state_template.params)
   assert len(shapes) == 2 * len(lora.PROJECTIONS)
-  tiny_runs.disturb(monkeypatch, "train_one", 1, tiny_runs.ask_to_stop)
+  tiny_runs.disturb(monkeypatch, "train", 1, tiny_runs.ask_to_stop)
   assert main.main(tiny("cut")) == 75
   assert main.main(tiny("cut")) == 0
   assert tiny_runs.repeatable(tiny.folder / "cut") == tiny_runs.repeatable(

@@ -10,7 +10,7 @@ from configs import countdown
 from rspo_jax import main
 from rspo_jax.devices import sharding
 from rspo_jax.models import families
-from rspo_jax.run import preflight, settings
+from rspo_jax.run import loading, preflight, settings
 from rspo_jax.run import program as program_lib
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -32,7 +32,7 @@ def test_memory_of_a_large_model_is_known_without_its_weights(tiny):
   built = settings.build(config, 1)
   mesh = sharding.make_mesh()
   shape = families.PUBLISHED["llada_8b"]
-  model = program_lib.abstract_model(built, shape, mesh)
+  model = loading.abstract_model(built, shape, mesh)
   need = preflight.resident_bytes(program_lib.assemble(built, model, mesh))
   # Reference, policy, two moments and the gradient; three counters.
   assert 0 <= need - 5 * 4 * PARAMETERS < 64
@@ -69,7 +69,7 @@ def test_a_disk_that_the_checkpoints_would_fill_is_refused(
   whole, tiny, tmp_path, monkeypatch, capsys
 ):
   program = tiny_runs.program_of(tiny("unused"))
-  state = tiny_runs.newest(whole, program).state
+  state = tiny_runs.newest(whole, program).state["train"]
   one = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
   model = sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
   # The newest three, one that is being written, and model/.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspo_jax.algorithm import likelihood, objectives, train_step
+from rspo_jax.algorithm import likelihood, objectives
 from rspo_jax.devices import sharding
 from rspo_jax.run import rollout
 from rspo_jax.sampling.settings import SamplerSettings
@@ -41,37 +41,48 @@ def completions(n, prompt=2, length=3, seed=0):
   return tokens, mask, ended
 
 
-def assemble(rewards, group, **options):
-  """`rollout.assemble` of n random completions with these rewards."""
-  tokens, mask, ended = completions(len(rewards))
+def sampled(tokens, mask, ended, commit_step=None):
+  """Completions on the device."""
+  return rollout.Completions(
+    *map(jnp.asarray, (tokens, mask, ended)),
+    None if commit_step is None else jnp.asarray(commit_step),
+    None,
+  )
+
+
+def batch_of(out, found, scope="completion"):
+  """`rollout.make_batch` in numpy arrays."""
+  trace = out.commit_step is not None
+  return jax.tree.map(np.asarray, rollout.make_batch(out, found, scope, trace))
+
+
+def batched(
+  rewards,
+  group,
+  shards=1,
+  scope="completion",
+  keep_groups=0,
+  commit_step=None,
+  **options,
+):
+  """The batch of n random completions with these rewards; what they were."""
+  arrays = completions(len(rewards))
   settings = objectives.ObjectiveSettings(
-    name=options.pop("name", "rspo"),
-    lambda_=0.5,
-    solved_advantage=options.pop("solved_advantage", 0.0),
-    group_size=group,
+    **{"lambda_": 0.5, "normalize_advantages": False, "group_size": group}
+    | {"skip_equal_groups": False}
+    | options
   )
   one = judged(rewards)
-  skip = options.pop("skip_equal_groups", False)
-  advantages = rollout.advantages_of(
+  advantages = objectives.rollout_advantages(
     one.rewards.reshape(-1, group),
     one.correct.reshape(-1, group),
     settings,
-    normalize=False,
-    skip_equal_groups=skip,
-    keep_groups=options.pop("keep_groups", 0),
+    keep_groups,
   )
-  shards = options.pop("shards", 1)
-  batch = rollout.assemble(
-    tokens,
-    mask,
-    ended,
-    advantages,
-    settings,
-    sharding.Split(len(advantages), ((0,),) * shards),
-    skip_equal_groups=skip,
-    **{"scope": "completion"} | options,
+  found = rollout.findings(
+    advantages, 0.5, shards, drop=settings.skip_equal_groups
   )
-  return batch, (tokens, mask, ended)
+  return batch_of(sampled(*arrays, commit_step), found, scope), arrays
 
 
 @pytest.mark.parametrize(
@@ -84,16 +95,15 @@ def assemble(rewards, group, **options):
 )
 def test_scopes_score_and_show_what_they_say(scope, all_scored, end_seen):
   _, mask, ended = completions(12)
-  for kind in (np.asarray, jnp.asarray):
-    scored, seen = rollout.scope_masks(kind(ended), kind(mask), scope)
-    length = ended.shape[1]
-    np.testing.assert_array_equal(
-      scored, np.ones_like(ended) if all_scored else ended
-    )
-    np.testing.assert_array_equal(seen[:, :-length], mask[:, :-length])
-    np.testing.assert_array_equal(
-      seen[:, -length:], np.ones_like(ended) if end_seen else ended
-    )
+  scored, seen = likelihood.scope_masks(*map(jnp.asarray, (ended, mask)), scope)
+  length = ended.shape[1]
+  np.testing.assert_array_equal(
+    scored, np.ones_like(ended) if all_scored else ended
+  )
+  np.testing.assert_array_equal(seen[:, :-length], mask[:, :-length])
+  np.testing.assert_array_equal(
+    seen[:, -length:], np.ones_like(ended) if end_seen else ended
+  )
 
 
 # Rollout.
@@ -176,7 +186,7 @@ def test_each_text_is_judged_on_its_own_example():
 
 
 def test_advantages_and_targets_are_those_of_each_group():
-  batch, (tokens, _, _) = assemble([1, 0, 0, 1, 1, 0.5], 3)
+  batch, (tokens, _, _) = batched([1, 0, 0, 1, 1, 0.5], 3)
   # Means 1/3 and 5/6; targets are advantages over lambda = 1/2.
   expected = np.array([2 / 3, -1 / 3, -1 / 3, 1 / 6, 1 / 6, -1 / 3])
   np.testing.assert_allclose(batch.advantage, expected, atol=1e-6)
@@ -187,18 +197,18 @@ def test_advantages_and_targets_are_those_of_each_group():
 
 
 def test_padding_and_what_follows_the_end_are_not_seen():
-  batch, (_, mask, ended) = assemble([1, 0, 0, 1], 2)
+  batch, (_, mask, ended) = batched([1, 0, 0, 1], 2)
   np.testing.assert_array_equal(batch.completion_mask, ended)
   np.testing.assert_array_equal(batch.token_mask[:, :2], mask[:, :2])
   np.testing.assert_array_equal(batch.token_mask[:, 2:], ended)
-  batch, (_, mask, ended) = assemble([1, 0, 0, 1], 2, scope="canvas")
+  batch, (_, mask, ended) = batched([1, 0, 0, 1], 2, scope="canvas")
   assert batch.completion_mask.all()
   np.testing.assert_array_equal(batch.token_mask, mask)
 
 
 def test_groups_with_equal_rewards_are_dropped_to_the_end():
   rewards = [1, 1, 0, 1, 0, 0, 1, 0]
-  batch, (tokens, _, _) = assemble(rewards, 2, skip_equal_groups=True)
+  batch, (tokens, _, _) = batched(rewards, 2, skip_equal_groups=True)
   np.testing.assert_array_equal(batch.keep, [1, 1, 1, 1, 0, 0, 0, 0])
   np.testing.assert_array_equal(batch.row, [2, 3, 6, 7, 0, 1, 4, 5])
   np.testing.assert_array_equal(batch.tokens, tokens[batch.row])
@@ -208,8 +218,7 @@ def test_groups_with_equal_rewards_are_dropped_to_the_end():
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_nothing_moves_where_nothing_is_dropped(shards):
-  # The loop takes advantages from here and tokens from the device.
-  batch, _ = assemble([1, 0, 0, 1, 1, 0, 0, 1], 2, shards=shards)
+  batch, _ = batched([1, 0, 0, 1, 1, 0, 0, 1], 2, shards=shards)
   np.testing.assert_array_equal(batch.row, np.arange(8))
 
 
@@ -275,14 +284,13 @@ def step_of(split, name, options):
   rewards[12:15] = 0
   tokens, mask, ended = completions(n)
   finished = rng.integers(0, 3, (2, n)).astype(np.float32)
-  when = rng.integers(0, 4, ended.shape)
-  held = sharding.repeated(split.held, SIZE)
-  own = held[sharding.repeated(split.own, SIZE)]
+  own = sharding.repeated(split.own_of(split.process), SIZE)
+  keep_groups = options.get("keep_groups", 0)
   settings = objectives.ObjectiveSettings(
     name=name,
-    lambda_=0.5,
     group_size=SIZE,
-    solved_advantage=options.get("solved_advantage", 0.0),
+    **{"skip_equal_groups": False, "normalize_advantages": False}
+    | {k: v for k, v in options.items() if k != "keep_groups"},
   )
   outcomes = rollout.gather(
     split, judged(rewards[own]), ended[own], ended[own].all(1), SIZE
@@ -290,29 +298,15 @@ def step_of(split, name, options):
   extra = None
   if objectives.OBJECTIVES[name].finishes:
     extra = rollout.gather_finished(split, finished[:, own], SIZE)
-  skip = options.get("skip_equal_groups", False)
-  advantages = rollout.advantages_of(
-    outcomes.rewards,
-    outcomes.correct,
-    settings,
-    normalize=options.get("normalize", False),
-    skip_equal_groups=skip,
-    keep_groups=options.get("keep_groups", 0),
-    finished=extra,
+  advantages = objectives.rollout_advantages(
+    outcomes.rewards, outcomes.correct, settings, keep_groups, extra
   )
-  batch = rollout.assemble(
-    tokens[held],
-    mask[held],
-    ended[held],
-    advantages,
-    settings,
-    split,
-    skip_equal_groups=skip,
-    scope="completion",
-    commit_step=when[held],
-    lambda_=options.get("lambda_"),
+  found = rollout.findings(
+    advantages, settings.lambda_, 4, drop=settings.skip_equal_groups
   )
-  return batch, rollout.metrics(outcomes)
+  return batch_of(sampled(tokens, mask, ended), found), rollout.metrics(
+    outcomes
+  )
 
 
 @pytest.mark.parametrize("shape", SPLITS)
@@ -320,11 +314,10 @@ def step_of(split, name, options):
   "options",
   [
     {},
-    {"normalize": True},
+    {"normalize_advantages": True},
     {"skip_equal_groups": True},
     {"skip_equal_groups": True, "keep_groups": 3},
     {"skip_equal_groups": True, "keep_groups": 4, "solved_advantage": 0.5},
-    {"skip_equal_groups": True, "lambda_": 0.25},
   ],
   ids=str,
 )
@@ -332,35 +325,12 @@ def step_of(split, name, options):
 def test_a_step_is_the_same_on_however_many_processes(
   monkeypatch, name, options, shape
 ):
-  holders = SPLITS[shape]
-  alone, metrics = step_of(sharding.Split(GROUPS, ((0,),)), name, options)
-  order = np.argsort(alone.row)
-  shards = {}
-  for index, (batch, seen) in enumerate(
-    on_processes(
-      monkeypatch, holders, GROUPS, lambda s: step_of(s, name, options)
-    )
+  alone = step_of(sharding.Split(GROUPS, ((0,),)), name, options)
+  for found in on_processes(
+    monkeypatch, SPLITS[shape], GROUPS, lambda s: step_of(s, name, options)
   ):
-    assert seen == metrics
-    mine = [i for i, each in enumerate(holders) if index in each]
-    assert len(batch.row) == len(mine) * GROUPS * SIZE // len(holders)
-    # Every sequence is what it is on one process, wherever it was put.
-    for field in vars(alone):
-      whole, part = getattr(alone, field), getattr(batch, field)
-      assert (whole is None) == (part is None)
-      if whole is not None:
-        np.testing.assert_array_equal(part, whole[order][batch.row])
-    for shard, rows, keep in zip(
-      mine,
-      batch.row.reshape(len(mine), -1),
-      batch.keep.reshape(len(mine), -1),
-      strict=True,
-    ):
-      assert (np.diff(keep) <= 0).all()
-      # Who has a shard has the same rows of it.
-      assert shards.setdefault(shard, rows.tolist()) == rows.tolist()
-  there = [row for rows in shards.values() for row in rows]
-  assert sorted(there) == list(range(GROUPS * SIZE))
+    assert found[1] == alone[1]
+    jax.tree.map(np.testing.assert_array_equal, found[0], alone[0])
 
 
 @given(st.data())
@@ -384,11 +354,9 @@ def test_every_shard_gets_its_share_of_kept_groups(data):
 @pytest.mark.parametrize("scope", ["completion", "canvas"])
 def test_scores_that_do_not_wait_see_what_the_others_see(scope):
   tokens, mask, ended = completions(4)
-  out = rollout.Completions(
-    jnp.asarray(tokens), jnp.asarray(mask), jnp.asarray(ended), None, None
-  )
-  early = rollout.present(out, scope)
-  late, _ = assemble([1, 0, 0, 1], 2, scope=scope)
+  found = rollout.before_rewards(2, 2)
+  early = batch_of(sampled(tokens, mask, ended), found, scope)
+  late, _ = batched([1, 0, 0, 1], 2, scope=scope)
   for name in ("tokens", "token_mask", "completion_mask", "keep", "row"):
     np.testing.assert_array_equal(getattr(early, name), getattr(late, name))
 
@@ -399,15 +367,15 @@ def test_a_sequence_keeps_its_masks_wherever_it_is_put(scheme):
   settings = likelihood.LikelihoodSettings(scheme, allowed[0])
   key = jax.random.key(3)
   rewards = [1, 1, 0, 1, 0, 0, 1, 0, 0.5, 0, 1, 1]
-  draw = jax.jit(train_step.draw_masks, static_argnums=1)
+  draw = jax.jit(likelihood.batch_masks, static_argnums=1)
   when = np.random.default_rng(0).integers(
     0, 4, completions(12)[2].shape, np.int32
   )
   trace = dict(commit_step=when)
-  plain, _ = assemble(rewards, 2, **trace)
+  plain, _ = batched(rewards, 2, **trace)
   expected = draw(key, settings, plain)
   for shards in (1, 2, 3):
-    moved, _ = assemble(
+    moved, _ = batched(
       rewards, 2, skip_equal_groups=True, shards=shards, **trace
     )
     assert (np.asarray(moved.row) != np.arange(12)).any()
@@ -437,11 +405,11 @@ def test_no_more_groups_than_asked_for_are_kept():
   # Groups 0, 2 and 3 differ within themselves.
   rewards = [0, 1, 1, 1, 1, 0, 0, 1]
   options = dict(skip_equal_groups=True, keep_groups=2)
-  batch, _ = assemble(rewards, 2, **options)
+  batch, _ = batched(rewards, 2, **options)
   kept = sorted(set(batch.row[batch.keep > 0] // 2))
   assert kept == [0, 2]
   # Rejection sampling: a plain mean over the right completions of those.
-  batch, _ = assemble(rewards, 2, name="rft", **options)
+  batch, _ = batched(rewards, 2, name="rft", **options)
   kept = batch.keep > 0
   assert sorted(set(batch.row[kept] // 2)) == [0, 1]
   np.testing.assert_allclose(batch.advantage[kept].mean(), 1.0, rtol=1e-6)
@@ -450,9 +418,9 @@ def test_no_more_groups_than_asked_for_are_kept():
 def test_groups_that_are_all_right_push_where_asked():
   rewards = [1, 1, 1, 0, 0, 0, 1, 1]
   options = dict(skip_equal_groups=True)
-  plain, _ = assemble(rewards, 2, **options)
+  plain, _ = batched(rewards, 2, **options)
   assert sorted(set(plain.row[plain.keep > 0] // 2)) == [1]
-  batch, _ = assemble(rewards, 2, solved_advantage=0.5, **options)
+  batch, _ = batched(rewards, 2, solved_advantage=0.5, **options)
   kept = batch.keep > 0
   assert sorted(set(batch.row[kept] // 2)) == [0, 1, 3]
   of_row = dict(zip(batch.row, batch.advantage, strict=True))
@@ -465,15 +433,13 @@ def test_groups_that_are_all_right_push_where_asked():
   np.testing.assert_allclose(batch.target, batch.advantage / 0.5)
   # Right completions that differ in reward are told apart by it.
   shaped = [0.9, 0.7, 1, 1]
-  batch, _ = assemble(shaped, 2, solved_advantage=0.5, **options)
+  batch, _ = batched(shaped, 2, solved_advantage=0.5, **options)
   of_row = dict(zip(batch.row, batch.advantage, strict=True))
   np.testing.assert_allclose(
     [of_row[row] for row in range(4)], [0.1, -0.1, 0.5, 0.5], atol=1e-6
   )
   # A limit on groups counts them, too.
-  batch, _ = assemble(
-    rewards, 2, solved_advantage=0.5, keep_groups=2, **options
-  )
+  batch, _ = batched(rewards, 2, solved_advantage=0.5, keep_groups=2, **options)
   assert sorted(set(batch.row[batch.keep > 0] // 2)) == [0, 1]
 
 

@@ -18,7 +18,10 @@ import optax
 import pytest
 import tiny_steps as steps
 
-from rspo_jax.algorithm import likelihood, train_step
+from rspo_jax.algorithm import likelihood, streams
+from rspo_jax.algorithm.microbatches import StepSettings
+from rspo_jax.algorithm.types import init_state
+from rspo_jax.algorithm.update import make_estimate
 from rspo_jax.devices import sharding
 from rspo_jax.models import functions, lora, transformer
 from rspo_jax.run import program as program_lib
@@ -60,7 +63,7 @@ def inputs():
   batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
   hide = np.random.default_rng(6).random(batch.tokens.shape) < 0.2
   tokens = jnp.where(hide, CONFIG.mask_id, batch.tokens)
-  return base, *adapters, batch.replace(tokens=tokens)
+  return base, *adapters, batch.replace(tokens=tokens, row=jnp.arange(TOTAL))
 
 
 def masks_of(batch, key):
@@ -117,7 +120,7 @@ def on_mesh(shape, cut, kind, base, adapters, batch, key):
     trained = adapters[0]
     frozen = lora.Adapted(base, None, adapters[1], SETTINGS.scale)
     reference = frozen.replace(adapter=adapters[1])
-  step = train_step.StepSettings(
+  step = StepSettings(
     TOTAL // cut[0],
     "two" if kind == "two" else "one",
     shards=sharding.batch_shards(mesh),
@@ -127,22 +130,18 @@ def on_mesh(shape, cut, kind, base, adapters, batch, key):
   one = functions.make_logprob_fn(config, mesh)
   both = functions.make_logprob_fn(config, mesh, dual=True)
   weighed = lambda fn: lambda params, *a: fn(lora.weights(params), *a)  # noqa: E731
-  optimizer = optax.sgd(1.0)
-  state = train_step.init_state(trained, optimizer)
+  state = init_state(trained, optax.sgd(1.0))
   estimate = jax.jit(
-    train_step.make_estimate(weighed(one), CONFIG.mask_id, step, steps.MASKS)
+    make_estimate(weighed(one), CONFIG.mask_id, step, steps.MASKS)
   )
   update = jax.jit(
-    train_step.make_update(
-      weighed(one),
-      CONFIG.mask_id,
-      optimizer,
-      optax.constant_schedule(1.0),
+    steps.make_update(
       step,
-      steps.MASKS,
       steps.objective_of(lambda_=LAMBDA),
-      program_lib.policy,
-      weighed(both) if kind == "dual" else None,
+      logprob_fn=weighed(one),
+      sequences=TOTAL,
+      join=program_lib.policy,
+      pair_fn=weighed(both) if kind == "dual" else None,
     ),
     out_shardings=(
       jax.tree.map(lambda x: x.sharding, state).replace(
@@ -166,7 +165,7 @@ def agree(cases):
   """Compares cases with the oracle; run with eight devices."""
   jax.config.update("jax_disable_most_optimizations", True)
   base, policy, reference, batch = inputs()
-  key = train_step.stream_key(0, 0, train_step.MASKS)
+  key = streams.stream_key(0, 0, streams.MASKS)
   merged = lambda adapter: lora.merge(base, adapter, SETTINGS.scale)  # noqa: E731
   wanted = {
     "full": naive(

@@ -10,11 +10,11 @@ import pytest
 import tiny_runs
 
 from rspo_jax import main
-from rspo_jax.algorithm import train_step
-from rspo_jax.run import loop
+from rspo_jax.algorithm import streams
+from rspo_jax.devices import sharding
+from rspo_jax.run import loop, scoring
 from rspo_jax.run import program as program_lib
-from rspo_jax.run.runs import Run
-from rspo_jax.storage.checkpoint import Checkpointer
+from rspo_jax.run import step as step_lib
 
 STEPS = tiny_runs.SMALL["run.steps"]
 RSPO = {"rollout__stale_steps": 1, "run__checkpoint_every": 1}
@@ -49,12 +49,19 @@ def runs(tiny, tmp_path_factory):
 
 
 def kept(folder, program, step):
-  """The state of a step, with what waits for the next one."""
+  """(state of a step, what waits for the next one)."""
   if not step:
-    return program_lib.fresh_state(program)
-  with Checkpointer(folder / "checkpoints") as checkpointer:
-    template = functools.partial(loop.template_of, program)
-    return checkpointer.restore(template, step).state
+    return program_lib.fresh_state(program), None
+  arrays = tiny_runs.checkpoint(folder, program, step).state
+  return arrays["train"], arrays["ahead"]
+
+
+def run_of(program):
+  """As much of a run as its batches need."""
+  split = sharding.split(program.mesh, program.settings.rollout.prompts)
+  return types.SimpleNamespace(
+    settings=program.settings, program=program, split=split
+  )
 
 
 def shown(folder, step):
@@ -67,13 +74,11 @@ def shown(folder, step):
 def sampled_by(program, params, step):
   """The same, sampled here."""
   settings = program.settings
-  run = types.SimpleNamespace(settings=settings, program=program)
-  batch = loop.open_batches(run)[step]
-  key = train_step.stream_key(settings.run.seed, step, train_step.ROLLOUT)
-  with program.mesh:
-    out = program.rollout_fn(
-      program.policy(params), batch.tokens, batch.mask, key
-    )
+  batch = loop.open_batches(run_of(program))[step]
+  key = streams.stream_key(settings.run.seed, step, streams.ROLLOUT)
+  out = program.rollout_fn(
+    program.policy(params), batch.tokens, batch.mask, key
+  )
   ended = np.asarray(out.completion_mask)
   tokens = np.asarray(out.tokens)[:, -ended.shape[1] :]
   texts = program.to_text(tokens, ended)
@@ -96,7 +101,7 @@ def test_completions_are_those_of_the_parameters_before_the_last_update(
 ):
   folder = runs("rspo")
   program = tiny_runs.program_of(tiny("unused", **RSPO))
-  states = [kept(folder, program, step) for step in range(STEPS)]
+  states = [kept(folder, program, step)[0] for step in range(STEPS)]
   own = []
   for step in range(STEPS - 1):
     expected = shown(folder, step + 1)
@@ -111,17 +116,17 @@ def test_ratios_are_to_the_parameters_that_sampled(name, runs, tiny):
   program = tiny_runs.program_of(tiny("unused", **CASES[name]))
   seed = program.settings.run.seed
   for step in (1, 3):
-    before, state = (kept(folder, program, s) for s in (step - 1, step))
-    assert len(state.ahead["old"]) == program.settings.step.updates_per_rollout
-    with program.mesh:
-      batch = program.present_fn(state.ahead["completions"])
-      key = train_step.stream_key(seed, step, train_step.MASKS)
-      for update, old in enumerate(state.ahead["old"]):
-        own = jax.random.fold_in(key, update) if update else key
-        expected = program.estimate_fn(before.params, batch, own)
-        np.testing.assert_array_equal(old, expected)
-        assert (old != program.estimate_fn(state.params, batch, own)).any()
-  assert kept(folder, program, STEPS).ahead is None
+    before, _ = kept(folder, program, step - 1)
+    state, ahead = kept(folder, program, step)
+    assert len(ahead["old"]) == program.settings.step.updates_per_rollout
+    batch = scoring.unjudged_batch(run_of(program), ahead["completions"])
+    key = streams.stream_key(seed, step, streams.MASKS)
+    for update, old in enumerate(ahead["old"]):
+      own = jax.random.fold_in(key, update) if update else key
+      expected = program.estimate_fn(before.params, batch, own)
+      np.testing.assert_array_equal(old, expected)
+      assert (old != program.estimate_fn(state.params, batch, own)).any()
+  assert kept(folder, program, STEPS)[1] is None
 
 
 def test_the_first_ratio_is_one_and_later_ones_are_not(runs):
@@ -140,13 +145,13 @@ def test_scores_of_older_parameters_cover_all_and_are_counted(runs):
 
 
 CUTS = [
-  ("train_one", 0, "stop"),
+  ("train", 0, "stop"),
   ("stop_if_asked", 0, "stop"),
-  ("train_one", 2, "stop"),
+  ("train", 2, "stop"),
   ("stop_if_asked", 2, "stop"),
   # The rollout of the step after it is under way.
   ("sample", 3, "stop"),
-  ("train_one", 3, "crash"),
+  ("train", 3, "crash"),
   ("update", 3, "crash"),
   ("evaluate", 4, "stop"),
 ]
@@ -177,7 +182,7 @@ def test_a_run_that_is_stopped_at_every_step_arrives_all_the_same(
 ):
   whole, argv = runs("espo"), tiny(tmp_path, **ESPO)
   for step in range(STEPS):
-    tiny_runs.disturb(monkeypatch, "train_one", step, tiny_runs.ask_to_stop)
+    tiny_runs.disturb(monkeypatch, "train", step, tiny_runs.ask_to_stop)
     assert main.main(argv) == 75
   assert main.main(argv) == 0
   tiny_runs.assert_same_run(tmp_path, whole, tiny_runs.program_of(argv))
@@ -187,20 +192,22 @@ def test_the_next_rollout_is_begun_before_the_rewards(
   runs, tiny, tmp_path, monkeypatch
 ):
   runs("rspo")  # compiled by then
-  methods = ("sample", "complete", "scores", "update")
+  names = ("sample", "wait_for_rollout", "update")
   events = tiny_runs.noted(
     monkeypatch,
     rewards=(program_lib.Program, "judge"),
-    **{name: (Run, name) for name in methods},
+    score=(scoring, "score"),
+    **{name: (step_lib, name) for name in names},
   )
   short = {"run__steps": 3, "eval__every": 0}
   assert main.main(tiny(tmp_path / "run", **RSPO | short)) == 0
   first = events.index("sample")
   last = len(events) - events[::-1].index("update")
-  own = ["sample", "complete"]
-  middle = ["sample", "rewards", "complete", "scores", "update"]
-  final = ["complete", "rewards", "scores", "update"]
-  expected = [*own, *middle, "complete", *middle, *final]
+  wait = "wait_for_rollout"
+  own = ["sample", wait]
+  middle = ["sample", "rewards", wait, "score", "update"]
+  final = [wait, "rewards", "score", "update"]
+  expected = [*own, *middle, wait, *middle, *final]
   assert events[first:last] == expected
 
 
@@ -208,7 +215,7 @@ def test_a_checkpoint_is_evaluated_and_goes_on_with_or_without_what_waits(
   tiny, tmp_path, monkeypatch, capsys
 ):
   argv = tiny(tmp_path / "run", **RSPO)
-  tiny_runs.disturb(monkeypatch, "train_one", 2, tiny_runs.ask_to_stop)
+  tiny_runs.disturb(monkeypatch, "train", 2, tiny_runs.ask_to_stop)
   assert main.main(argv) == 75
   on_policy = tiny(
     tmp_path / "run",
@@ -220,5 +227,5 @@ def test_a_checkpoint_is_evaluated_and_goes_on_with_or_without_what_waits(
     assert json.loads(capsys.readouterr().out)["step"] == 2
   assert main.main(on_policy) == 0
   program = tiny_runs.program_of(on_policy)
-  state = kept(tmp_path / "run", program, 2)
+  state, _ = kept(tmp_path / "run", program, 2)
   assert shown(tmp_path / "run", 2) == sampled_by(program, state.params, 2)

@@ -13,7 +13,7 @@ import tiny_runs
 import rspo_jax
 from rspo_jax import main
 from rspo_jax.config import identity, load
-from rspo_jax.run.runs import Run
+from rspo_jax.run import step as step_lib
 from rspo_jax.storage import mirror
 from rspo_jax.storage.checkpoint import Checkpointer
 
@@ -124,17 +124,17 @@ def test_a_run_in_a_bucket_goes_on_on_a_machine_that_never_saw_it(
   address = "gs://bucket/runs/moved"
   argv = tiny(address, run__tensorboard=True)
   program = tiny_runs.program_of(argv)
-  original, left = Run.train_one, [3]
+  original, left = step_lib.train, [3]
 
   def stopped(run, batches):
-    if left and run.step == left[0]:
+    if left and run.state.step == left[0]:
       left.pop()
       os.kill(os.getpid(), signal.SIGTERM)
       while not run.interrupt.requested:
         time.sleep(1e-3)
     return original(run, batches)
 
-  monkeypatch.setattr(Run, "train_one", stopped)
+  monkeypatch.setattr(step_lib, "train", stopped)
   home_of(address, tmp_path / "one", monkeypatch)
   assert main.main(argv) == 75
   home = home_of(address, tmp_path / "two", monkeypatch)
@@ -177,21 +177,21 @@ def test_a_bucket_that_refuses_stops_a_run_with_3_and_loses_nothing(
   argv = tiny(address)
   program = tiny_runs.program_of(argv)
   home_of(address, tmp_path / "one", monkeypatch)
-  original = Run.train_one
+  original = step_lib.train
 
   def refusing(run, batches):
     # From the middle of the run on, until it is started again.
-    if run.step == 3:
+    if run.state.step == 3:
       monkeypatch.setattr(
         bucket, "refuse", lambda method, name: method == "POST"
       )
     return original(run, batches)
 
-  monkeypatch.setattr(Run, "train_one", refusing)
+  monkeypatch.setattr(step_lib, "train", refusing)
   assert main.main(argv) == 3
   error = capsys.readouterr().err
   assert address in error and "Traceback" not in error
-  monkeypatch.setattr(Run, "train_one", original)
+  monkeypatch.setattr(step_lib, "train", original)
   monkeypatch.setattr(bucket, "refuse", lambda method, name: False)
   assert main.main(argv) == 0
   assert_same_run(address, bucket, whole, program)

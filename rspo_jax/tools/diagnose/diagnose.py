@@ -184,6 +184,7 @@ def _diagnose(options) -> int:
   import jax
 
   from rspo_jax.models import checkpoints
+  from rspo_jax.run import loading
   from rspo_jax.run import program as program_lib
   from rspo_jax.run import settings as settings_lib
   from rspo_jax.tools.diagnose import measure
@@ -199,7 +200,7 @@ def _diagnose(options) -> int:
   policy = checkpoints.load_model(
     folder,
     settings.model.param_dtype,
-    functools.partial(program_lib._shardings, program.mesh),
+    functools.partial(loading.shardings, program.mesh),
   )
   bench = measure.Bench(program, policy.params, options.sequences)
   result = measure.diagnose(

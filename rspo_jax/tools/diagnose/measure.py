@@ -10,9 +10,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 
-from rspo_jax.algorithm import likelihood, objectives, train_step
+from rspo_jax.algorithm import advantages, likelihood, streams
 from rspo_jax.devices import sharding
 from rspo_jax.models import functions
 from rspo_jax.run import data, rollout
@@ -96,34 +95,32 @@ class Bench:
 
   def __init__(self, program, policy, sequences: int):
     self.program, self.policy = program, policy
-    self.reference = program.params
+    self.reference = program.reference
     self.config = program.model.config
     settings = program.settings
     examples = data.load_examples(program.task, "train", settings.data)
     group = settings.rollout.group_size
     examples = examples[: settings.rollout.prompts]
-    tokens, mask = data.encode_prompts(
-      examples,
-      program.prompt,
-      program.model.tokenizer.encode,
-      settings.data.prompt_length,
-      self.config.pad_id,
-      settings.data.long_prompts,
-    )[:2]
-    key = train_step.stream_key(settings.run.seed, 0, train_step.ROLLOUT)
-    placed = sharding.put_global(program.mesh, (tokens, mask))
-    out = self.call(program.rollout_fn, policy, *placed, key)
+    prompts = program.prompts(examples).batch(np.arange(len(examples)))
+    key = streams.stream_key(settings.run.seed, 0, streams.ROLLOUT)
+    placed = sharding.put_global(program.mesh, (prompts.tokens, prompts.mask))
+    out = program.rollout_fn(policy, *placed, key)
     ended = np.asarray(out.completion_mask)
     texts = program.to_text(np.asarray(out.tokens)[:, -ended.shape[1] :], ended)
     judged = program.judge(examples, texts)
-    advantage = objectives.group_advantages(judged.rewards.reshape(-1, group))
-    batch = rollout.present(out, settings.likelihood.scope, with_trace=True)
-    batch = batch.replace(advantage=jnp.asarray(advantage.reshape(-1)))
+    advantage = advantages.group_advantages(judged.rewards.reshape(-1, group))
+    found = rollout.before_rewards(len(advantage), group)
+    batch = rollout.make_batch(
+      out,
+      found.replace(advantage=jnp.asarray(advantage)),
+      settings.likelihood.scope,
+      with_trace=True,
+    )
     self.batch = jax.tree.map(lambda x: x[:sequences], batch)
 
   def call(self, fn, *args):
     """Calls a function of the model under the run's mesh."""
-    with self.program.mesh, nn.logical_axis_rules(sharding.RULES):
+    with sharding.active(self.program.mesh):
       return fn(*args)
 
   def scorer(self, settings, dtype: str | None = None):
@@ -136,7 +133,7 @@ class Bench:
 
     @jax.jit
     def score(params, key):
-      masks = train_step.draw_masks(key, settings, batch)
+      masks = likelihood.batch_masks(key, settings, batch)
       return likelihood.score(
         logprob_fn, params, batch.tokens, batch.token_mask, masks, mask_id
       ).mean(-1)

@@ -26,6 +26,7 @@ from tiny_steps import (
   batch_of,
   estimate_of,
   gradient_of,
+  make_update,
   objective_of,
   tiny_logprob,
   tiny_params,
@@ -33,7 +34,11 @@ from tiny_steps import (
   update_of,
 )
 
-from rspo_jax.algorithm import likelihood, objectives, train_step
+from rspo_jax.algorithm import likelihood, objectives, streams
+from rspo_jax.algorithm import optimizer as optimizers
+from rspo_jax.algorithm.microbatches import MicroBatches, StepSettings
+from rspo_jax.algorithm.types import RolloutBatch, TrainState, init_state
+from rspo_jax.algorithm.update import make_estimate, make_reorder
 from rspo_jax.config import schema
 from rspo_jax.devices import sharding
 from rspo_jax.models import functions, transformer
@@ -121,22 +126,14 @@ def test_masks_of_a_sequence_may_come_one_draw_after_another():
     per_token = objectives.OBJECTIVES[name].per_token
     found = []
     for step in (
-      train_step.StepSettings(N),
-      train_step.StepSettings(4, "two", shards, micro_masks=2),
+      StepSettings(N),
+      StepSettings(4, "two", shards=shards, micro_masks=2),
     ):
       estimate = jax.jit(
-        train_step.make_estimate(tiny_logprob, MASK_ID, step, masks, per_token)
+        make_estimate(tiny_logprob, MASK_ID, step, masks, per_token)
       )
-      update = train_step.make_update(
-        tiny_logprob,
-        MASK_ID,
-        optax.sgd(1.0),
-        optax.constant_schedule(1.0),
-        step,
-        masks,
-        objective,
-      )
-      state = train_step.init_state(tiny_params(), optax.sgd(1.0))
+      update = make_update(step, objective, masks)
+      state = init_state(tiny_params(), optax.sgd(1.0))
       reference = estimate(tiny_params(1), batch, KEY)
       policy = estimate(tiny_params(), batch, KEY)
       after, metrics = jax.jit(update)(state, batch, KEY, reference, policy)
@@ -152,15 +149,6 @@ def test_masks_of_a_sequence_may_come_one_draw_after_another():
       np.testing.assert_allclose(
         metrics[key], other[key], rtol=1e-5, atol=1e-6, err_msg=key
       )
-
-
-def test_one_pass_wants_all_masks_of_a_sequence_together():
-  step = train_step.StepSettings(GROUP, micro_masks=2)
-  assert train_step.resolve_passes(step, objective_of(), N) == "two"
-  with pytest.raises(ValueError, match=r"train\.micro_masks=2.*'two'"):
-    train_step.resolve_passes(
-      dataclasses.replace(step, passes="one"), objective_of(), N
-    )
 
 
 def test_rejection_sampling_follows_the_rewarded_scores():
@@ -189,21 +177,15 @@ def test_objectives_per_token_survive_the_cut(name, scheme, masks):
   chosen = likelihood.LikelihoodSettings(scheme, masks)
   one = objectives.OBJECTIVES[name]
   values = jax.jit(
-    train_step.make_estimate(
-      tiny_logprob, MASK_ID, train_step.StepSettings(N), chosen, one.per_token
-    )
+    make_estimate(tiny_logprob, MASK_ID, StepSettings(N), chosen, one.per_token)
   )
   params, other = tiny_params(), tiny_params(1)
   policy, old = values(params, batch, KEY), values(other, batch, KEY)
   gradients = []
   for size, passes in ((N, "one"), (2, "one"), (2, "two")):
-    step = train_step.StepSettings(size, passes, updates_per_rollout=2)
-    optimizer = optax.sgd(1.0)
-    update = train_step.make_update(
-      tiny_logprob, MASK_ID, optimizer, optax.constant_schedule(1.0), step,
-      chosen, objective,
-    )  # fmt: skip
-    state = train_step.init_state(params, optimizer)
+    step = StepSettings(size, passes, updates_per_rollout=2)
+    update = make_update(step, objective, chosen)
+    state = init_state(params, optax.sgd(1.0))
     after, _ = jax.jit(update)(state, batch, KEY, old, policy, old)
     gradients.append(jax.tree.map(lambda a, b: a - b, params, after.params))
   assert_close(gradients[0], gradients[1], 3e-6)
@@ -212,16 +194,8 @@ def test_objectives_per_token_survive_the_cut(name, scheme, masks):
 
 def test_old_terms_are_needed_where_a_rollout_serves_several_updates():
   objective = objective_of(name="espo")
-  update = train_step.make_update(
-    tiny_logprob,
-    MASK_ID,
-    optax.sgd(1.0),
-    optax.constant_schedule(1.0),
-    train_step.StepSettings(N, updates_per_rollout=4),
-    MASKS,
-    objective,
-  )
-  state = train_step.init_state(tiny_params(), optax.sgd(1.0))
+  update = make_update(StepSettings(N, updates_per_rollout=4), objective)
+  state = init_state(tiny_params(), optax.sgd(1.0))
   with pytest.raises(ValueError, match=r"old=None: .*'espo' weighs by a ratio"):
     update(state, batch_of(), KEY, None)
 
@@ -274,17 +248,15 @@ def test_values_made_before_the_rewards_are_those_of_the_batch(shards):
   before = batch_of()
   moved = jax.tree.map(lambda x: x[rows], batch_of(keep=keep))
   moved = moved.replace(row=jnp.asarray(rows, jnp.int32))
-  step = train_step.StepSettings(GROUP * shards, shards=shards)
-  estimate = jax.jit(
-    train_step.make_estimate(tiny_logprob, MASK_ID, step, MASKS)
-  )
+  step = StepSettings(GROUP * shards, shards=shards)
+  estimate = jax.jit(make_estimate(tiny_logprob, MASK_ID, step, MASKS))
   early = estimate(tiny_params(), before, KEY)
   late = estimate(tiny_params(), moved, KEY)
-  reordered = train_step.make_reorder(step)(early, moved)
+  reordered = make_reorder(step)(early, moved)
   np.testing.assert_allclose(reordered, late, rtol=1e-6)
   assert (np.asarray(late) == 0).all(1).sum() == 2 * GROUP
   wide = jnp.stack([early, 2 * early], axis=1)
-  both = train_step.make_reorder(step)(wide, moved)
+  both = make_reorder(step)(wide, moved)
   np.testing.assert_array_equal(both[:, 1], 2 * reordered)
 
 
@@ -307,7 +279,7 @@ def test_masks_go_with_the_sequence_and_not_with_its_place():
 @pytest.mark.parametrize("shards", (1, 2, 4))
 def test_join_is_the_inverse_of_split_and_split_keeps_shards(shards):
   for size in (4, 8, 16):
-    cut = train_step._Cut(16, train_step.StepSettings(size, shards=shards))
+    cut = MicroBatches(16, StepSettings(size, shards=shards))
     x = np.arange(16 * 3).reshape(16, 3)
     pieces = cut.split({"x": x})["x"]
     assert pieces.shape == (16 // size, size, 3)
@@ -320,8 +292,8 @@ def test_join_is_the_inverse_of_split_and_split_keeps_shards(shards):
 
 
 def test_parts_of_a_sequences_masks_come_back_in_their_place():
-  step = train_step.StepSettings(4, "two", shards=2, micro_masks=2)
-  cut = train_step._Cut(8, step, draws=3, canvases=2)
+  step = StepSettings(4, "two", shards=2, micro_masks=2)
+  cut = MicroBatches(8, step, draws=3, canvases=2)
   owner, values = np.arange(8), np.arange(8 * 6).reshape(8, 6)
   owners, pieces = cut.split(owner), cut.split_masks(values)
   assert owners.shape == (6, 4) and pieces.shape == (6, 4, 2)
@@ -329,13 +301,11 @@ def test_parts_of_a_sequences_masks_come_back_in_their_place():
   np.testing.assert_array_equal(cut.join(pieces), values)
   for size in (1, 3, 4):
     with pytest.raises(ValueError, match=rf"train\.micro_masks={size} must"):
-      train_step._Cut(
-        8, train_step.StepSettings(4, micro_masks=size), draws=3, canvases=2
-      )
+      MicroBatches(8, StepSettings(4, micro_masks=size), draws=3, canvases=2)
 
 
 def test_the_last_micro_batch_with_a_kept_sequence_is_the_last_one_run():
-  cut = train_step._Cut(8, train_step.StepSettings(4, shards=2))
+  cut = MicroBatches(8, StepSettings(4, shards=2))
   for keep, active in (
     ([1, 1, 1, 1, 1, 1, 1, 1], 2),
     ([1, 1, 0, 0, 1, 1, 0, 0], 1),
@@ -349,40 +319,21 @@ def test_the_last_micro_batch_with_a_kept_sequence_is_the_last_one_run():
 def test_a_batch_that_cannot_be_cut_is_refused():
   for total, size, shards in ((12, 8, 1), (12, 6, 4)):
     with pytest.raises(ValueError, match=f"train.micro_batch={size} must"):
-      train_step._Cut(total, train_step.StepSettings(size, shards=shards))
+      MicroBatches(total, StepSettings(size, shards=shards))
 
 
-def test_one_pass_where_the_centring_set_fits():
-  def resolve(centring, micro_batch, shards=1, passes="auto"):
-    return train_step.resolve_passes(
-      train_step.StepSettings(micro_batch, passes, shards=shards),
-      objective_of(centring=centring),
-      16,
-    )
-
-  assert resolve("group", 4) == "one"
-  assert resolve("group", 2) == "two"
-  assert resolve("group", 8, shards=2) == "one"
-  assert resolve("group", 4, shards=2) == "two"  # half a group a shard
-  assert resolve("batch", 16) == "one"
-  assert resolve("batch", 8) == "two"
-  assert resolve("none", 1) == "one"
-  assert resolve("none", 1, passes="two") == "two"
-  with pytest.raises(ValueError, match=r"'one' is not exact .*multiple of 4"):
-    resolve("group", 2, passes="one")
-  with pytest.raises(ValueError, match=r"train\.passes='three'"):
-    resolve("group", 4, passes="three")
+def test_scores_that_an_update_needs_are_asked_for():
   update, optimizer = update_of(objective_of(), 2, "two")
-  state = train_step.init_state(tiny_params(), optimizer)
+  state = init_state(tiny_params(), optimizer)
   with pytest.raises(ValueError, match="policy=None: two passes need"):
     update(state, batch_of(), KEY, jnp.zeros((N, 4)))
 
 
 def test_relative_scores_are_zero_at_the_start():
   # Bit for bit from one compiled function; within 1e-6 inside the update.
-  step = train_step.StepSettings(8)
+  step = StepSettings(8)
   logprob_fn = functions.make_logprob_fn(CONFIG)
-  estimate = jax.jit(train_step.make_estimate(logprob_fn, MASK_ID, step, MASKS))
+  estimate = jax.jit(make_estimate(logprob_fn, MASK_ID, step, MASKS))
   params, batch, key = transformer_params(), batch_of(), KEY
   reference = estimate(params, batch, key)
   policy = estimate(jax.tree.map(jnp.copy, params), batch, key)
@@ -390,19 +341,9 @@ def test_relative_scores_are_zero_at_the_start():
   assert np.asarray(reference).std() > 0.1
   optimizer = optax.sgd(1.0)
   update = jax.jit(
-    train_step.make_update(
-      logprob_fn,
-      MASK_ID,
-      optimizer,
-      optax.constant_schedule(1.0),
-      step,
-      MASKS,
-      objective_of(centring="none"),
-    )
+    make_update(step, objective_of(centring="none"), logprob_fn=logprob_fn)
   )
-  _, metrics = update(
-    train_step.init_state(params, optimizer), batch, key, reference
-  )
+  _, metrics = update(init_state(params, optimizer), batch, key, reference)
   assert abs(float(metrics["score/relative_mean"])) <= 1e-6
   assert float(metrics["score/relative_std"]) <= 1e-6
   other = estimate(params, batch, jax.random.fold_in(KEY, 1))
@@ -412,18 +353,15 @@ def test_relative_scores_are_zero_at_the_start():
 @functools.cache
 def adam_update():
   """Update with AdamW that donates its state, as the loop has it."""
-  settings = train_step.OptimizerSettings(
+  settings = optimizers.OptimizerSettings(
     0.02, schedule="linear", total_steps=4, weight_decay=0.1
   )
-  optimizer = train_step.make_optimizer(settings)
-  update = train_step.make_update(
-    tiny_logprob,
-    MASK_ID,
-    optimizer,
-    train_step.schedule(settings),
-    train_step.StepSettings(GROUP),
-    MASKS,
+  optimizer = optimizers.make_optimizer(settings)
+  update = make_update(
+    StepSettings(GROUP),
     objective_of(),
+    optimizer=optimizer,
+    rate=optimizers.schedule(settings),
   )
   return jax.jit(update, donate_argnums=0), optimizer
 
@@ -432,7 +370,7 @@ def test_three_donated_updates_leave_the_reference_as_it_was():
   update, optimizer = adam_update()
   params = tiny_params()
   before = jax.tree.map(lambda x: np.asarray(x).tobytes(), params)
-  state = train_step.init_state(jax.tree.map(jnp.copy, params), optimizer)
+  state = init_state(jax.tree.map(jnp.copy, params), optimizer)
   moved = []
   for step in range(3):
     batch = batch_of(step)
@@ -462,22 +400,21 @@ def test_no_key_of_a_step_is_derived_twice():
   owner_of = {}
   # With completions of older parameters two steps are under way at a time.
   for step in (6, 7):
-    rollout = train_step.stream_key(3, step, train_step.ROLLOUT)
+    rollout = streams.stream_key(3, step, streams.ROLLOUT)
     keys = {"rollout": rollout}
-    for index, key in enumerate(train_step.finish_keys(rollout, 3)):
+    for index, key in enumerate(streams.finish_keys(rollout, 3)):
       keys[f"finish {index}"] = key
     for update in range(4):
-      masks = keys[f"masks {update}"] = train_step.mask_key(3, step, update)
-      for name in ("_ROUNDING", "_SUMMING"):
-        fold = getattr(train_step, name)
-        keys[f"{name} {update}"] = jax.random.fold_in(masks, fold)
+      masks = keys[f"masks {update}"] = streams.mask_key(3, step, update)
+      keys[f"rounding {update}"] = streams.rounding_key(masks)
+      keys[f"summing {update}"] = streams.summing_key(masks)
     for name, key in keys.items():
       for words in descendants(key):
         owner = owner_of.setdefault(words, (step, name))
         assert owner == (step, name)
   # Those of the rollout and of the first update are the streams' own.
-  first = train_step.stream_key(3, 7, train_step.MASKS)
-  assert train_step.mask_key(3, 7) == first
+  first = streams.stream_key(3, 7, streams.MASKS)
+  assert streams.mask_key(3, 7) == first
 
 
 @pytest.mark.parametrize("count", (1, 16, 256))
@@ -501,28 +438,28 @@ def test_gradients_of_bfloat16_parameters_sum_to_those_of_float64(
     return jax.tree.map(jnp.zeros_like, gradients), gradients
 
   update = jax.jit(
-    train_step.make_update(
-      logprob,
-      MASK_ID,
-      optax.GradientTransformation(None, taken),
-      lambda count: 0.0,
-      train_step.StepSettings(1),
-      likelihood.LikelihoodSettings("uniform", 1),
+    make_update(
+      StepSettings(1),
       objective,
+      likelihood.LikelihoodSettings("uniform", 1),
+      optax.GradientTransformation(None, taken),
+      logprob_fn=logprob,
+      sequences=count,
       sum_dtype=sum_dtype,
     )
   )
   params = {"kernel": jnp.zeros(width, jnp.bfloat16)}
   moments = {"kernel": jnp.zeros(width)}
-  state = train_step.TrainState(jnp.int32(0), params, moments)
+  state = TrainState(jnp.int32(0), params, moments)
   zeros = jnp.zeros(count)
-  batch = train_step.RolloutBatch(
+  batch = RolloutBatch(
     tokens=jnp.broadcast_to(jnp.arange(count)[:, None], (count, 2)),
     token_mask=jnp.ones((count, 2), bool),
     completion_mask=jnp.ones((count, 1), bool),
     advantage=zeros,
     target=zeros,
     keep=zeros + 1,
+    row=jnp.arange(count),
   )
   state, _ = update(state, batch, KEY, None)
   exact = -np.asarray(x, np.float64).mean(0)
@@ -538,7 +475,7 @@ def test_gradients_of_bfloat16_parameters_sum_to_those_of_float64(
 def test_nothing_is_compiled_after_the_first_step(dtype):
   (update, optimizer), programs = adam_update(), 0
   params = jax.tree.map(lambda x: x.astype(dtype), tiny_params())
-  state = train_step.init_state(params, optimizer)
+  state = init_state(params, optimizer)
   kinds = jax.tree.map(lambda x: (x.shape, x.dtype), state)
   # Moments are float32 whatever the parameters are stored in.
   for leaf in jax.tree.leaves(state.opt_state):
@@ -557,7 +494,7 @@ def test_nothing_is_compiled_after_the_first_step(dtype):
 def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing():
   update, optimizer = adam_update()
   reference = jnp.zeros((N, 4)) - 2.0
-  state = train_step.init_state(tiny_params(), optimizer)
+  state = init_state(tiny_params(), optimizer)
   state, _ = update(state, batch_of(), KEY, reference)
   before = jax.tree.map(np.array, state)
   bad = batch_of()
@@ -584,7 +521,7 @@ def test_a_step_that_is_not_finite_or_keeps_nothing_changes_nothing():
 
 def test_the_logged_rate_is_the_one_that_was_used():
   update, optimizer = adam_update()
-  state = train_step.init_state(tiny_params(), optimizer)
+  state = init_state(tiny_params(), optimizer)
   rates, reference = [], jnp.zeros((N, 4)) - 2.0
   for keep in (1, 0, 1):
     batch = batch_of(keep=np.full(N, keep))
@@ -595,7 +532,7 @@ def test_the_logged_rate_is_the_one_that_was_used():
 
 
 def test_the_optimizer_is_adamw_after_clipping_by_hand():
-  settings = train_step.OptimizerSettings(
+  settings = optimizers.OptimizerSettings(
     learning_rate=0.1,
     schedule="linear",
     warmup_steps=2,
@@ -607,7 +544,7 @@ def test_the_optimizer_is_adamw_after_clipping_by_hand():
     weight_decay=0.3,
     clip_norm=0.5,
   )
-  optimizer = train_step.make_optimizer(settings)
+  optimizer = optimizers.make_optimizer(settings)
   rng = np.random.default_rng(0)
   # Layers are stacked: norms and biases have two axes, and are not decayed.
   shapes = {
@@ -668,8 +605,8 @@ def test_the_optimizer_is_adamw_after_clipping_by_hand():
 
 def test_schedules_by_hand():
   def values(kind, steps, **options):
-    rate = train_step.schedule(
-      train_step.OptimizerSettings(2.0, schedule=kind, **options)
+    rate = optimizers.schedule(
+      optimizers.OptimizerSettings(2.0, schedule=kind, **options)
     )
     return [float(rate(step)) for step in steps]
 
@@ -702,24 +639,23 @@ def test_schedules_by_hand():
 )
 def test_optimizer_settings_refuse_what_cannot_be(options, message):
   with pytest.raises(ValueError, match=message):
-    train_step.OptimizerSettings(**options)
+    optimizers.OptimizerSettings(**options)
 
 
 def test_keys_differ_by_seed_step_and_stream_and_by_nothing_else():
-  streams = (train_step.ROLLOUT, train_step.MASKS, train_step.EVAL)
+  kinds = (streams.ROLLOUT, streams.MASKS, streams.EVAL)
   places = [
     (seed, step, stream)
     for seed in (0, 1)
     for step in (0, 1, 2, 1000)
-    for stream in streams
+    for stream in kinds
   ]
   data = {
-    tuple(jax.random.key_data(train_step.stream_key(*p)).tolist())
-    for p in places
+    tuple(jax.random.key_data(streams.stream_key(*p)).tolist()) for p in places
   }
   assert len(data) == len(places)
-  again = train_step.stream_key(1, jnp.int32(2), train_step.EVAL)
-  assert again == train_step.stream_key(1, 2, train_step.EVAL)
+  again = streams.stream_key(1, jnp.int32(2), streams.EVAL)
+  assert again == streams.stream_key(1, 2, streams.EVAL)
 
 
 # One device and eight.
@@ -732,35 +668,32 @@ def three_steps(shape, devices):
   places them."""
   mesh = sharding.make_mesh(*shape, devices=devices)
   rows, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  settings = train_step.OptimizerSettings(1e-3, weight_decay=0.1)
-  optimizer = train_step.make_optimizer(settings)
+  settings = optimizers.OptimizerSettings(1e-3, weight_decay=0.1)
+  optimizer = optimizers.make_optimizer(settings)
   boxed = jax.eval_shape(
-    lambda key: train_step.init_state(
+    lambda key: init_state(
       transformer.init(CONFIG, key, boxed=True), optimizer
     ),
     jax.random.key(0),
   )
   places = sharding.shardings(mesh, boxed)
-  state = jax.device_put(
-    train_step.init_state(transformer_params(), optimizer), places
-  )
+  state = jax.device_put(init_state(transformer_params(), optimizer), places)
   params = jax.device_put(transformer_params(), places.params)
   shards = sharding.batch_shards(mesh)
-  step = train_step.StepSettings(2 * N, "one", shards=shards)
+  step = StepSettings(2 * N, "one", shards=shards)
   logprob_fn = functions.make_logprob_fn(CONFIG)
   estimate = jax.jit(
-    train_step.make_estimate(logprob_fn, MASK_ID, step, MASKS),
+    make_estimate(logprob_fn, MASK_ID, step, MASKS),
     out_shardings=rows,
   )
   update = jax.jit(
-    train_step.make_update(
-      logprob_fn,
-      MASK_ID,
-      optimizer,
-      train_step.schedule(settings),
+    make_update(
       step,
-      MASKS,
       objective_of(),
+      optimizer=optimizer,
+      rate=optimizers.schedule(settings),
+      logprob_fn=logprob_fn,
+      sequences=4 * N,
     ),
     donate_argnums=0,
     out_shardings=(places, whole),
@@ -769,9 +702,12 @@ def three_steps(shape, devices):
   for index in range(3):
     halves = [batch_of(2 * index), batch_of(2 * index + 1)]
     batch = sharding.put_global(
-      mesh, jax.tree.map(lambda *x: np.concatenate(x * 2), *halves)
+      mesh,
+      jax.tree.map(lambda *x: np.concatenate(x * 2), *halves).replace(
+        row=np.arange(4 * N)
+      ),
     )
-    key = train_step.stream_key(0, index, train_step.MASKS)
+    key = streams.stream_key(0, index, streams.MASKS)
     reference = estimate(params, batch, key)
     state, metrics = update(state, batch, key, reference)
     out += [metrics["loss"], metrics["grad_norm"]]
