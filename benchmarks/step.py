@@ -34,7 +34,7 @@ def of_85m(config):
   import jax
 
   from rspo_jax.models import checkpoints, transformer
-  from rspo_jax.models.families.published import PUBLISHED
+  from rspo_jax.models.families import PUBLISHED
   from rspo_jax.run import settings as settings_lib
 
   config.rollout.prompts, config.rollout.group_size = 2, 4

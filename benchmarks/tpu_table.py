@@ -148,7 +148,7 @@ def gathered_by_hand(row: Row) -> float:
   vocabulary stays where it lies: the hidden rows of all chips come to it, those
   of policy and reference, and the policy's once more to be differentiated.
   """
-  from rspo_jax.models.families.published import PUBLISHED
+  from rspo_jax.models.families import PUBLISHED
 
   model = PUBLISHED["llada_8b"]
   layer = 4 * model.width**2 + 3 * model.width * model.mlp_width
@@ -211,8 +211,8 @@ def head(options) -> bool:
   from jax.sharding import NamedSharding, PartitionSpec
 
   from rspo_jax.devices import sharding
-  from rspo_jax.models import transformer
-  from rspo_jax.models.families.published import PUBLISHED
+  from rspo_jax.models import functions
+  from rspo_jax.models.families import PUBLISHED
   from rspo_jax.planning import compiler, hlo, programs
   from rspo_jax.run import program
 
@@ -235,7 +235,7 @@ def head(options) -> bool:
 
     def loss(kernel, h, target):
       params = {"head": {"kernel": kernel}}
-      return transformer.target_logprobs(cut, params, h, target, mesh).sum()
+      return functions.target_logprobs(cut, params, h, target, mesh).sum()
 
     return loss
 

@@ -63,19 +63,19 @@ def made_up(task: str, count: int) -> list[tuple[dict, str]]:
   import numpy as np
 
   from rspo_jax.datasets import countdown, sudoku
-  from rspo_jax.tasks import TASKS
+  from rspo_jax.tasks import TASKS, base
   from rspo_jax.tasks import countdown as countdown_task
   from rspo_jax.tasks import sudoku as sudoku_task
 
   draw, rng = random.Random(task), np.random.default_rng(0)
   prose = "we look at every number that is left and try it. " * 8
   if task == "countdown":
-    examples = countdown_task.Examples(
-      countdown.generate(0, "train", count).columns()
+    examples = base.Examples(
+      countdown.generate(0, "train", count).columns(), countdown_task.example_of
     )
   elif task == "sudoku":
-    examples = sudoku_task.Examples(
-      sudoku.generate(0, "train", count).columns()
+    examples = base.Examples(
+      sudoku.generate(0, "train", count).columns(), sudoku_task.example_of
     )
   elif task == "gsm8k":
     examples = [

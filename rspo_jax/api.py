@@ -11,9 +11,12 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from rspo_jax.models import transformer
+from rspo_jax.models import cache as cache_lib
+from rspo_jax.models import functions
 from rspo_jax.models.checkpoints import Model, load_model, save_model
-from rspo_jax.sampling import sampler
+from rspo_jax.sampling.denoise import denoise
+from rspo_jax.sampling.proposals import Noise
+from rspo_jax.sampling.settings import SamplerSettings, check_call, validate
 
 __all__ = ["generate", "load_model", "logits", "save_model", "verify"]
 
@@ -42,8 +45,9 @@ def logits(model: Model, tokens, attention_mask=None) -> jax.Array:
 def _logits(config, params, tokens, mask):
   """Compiled part of `logits`."""
   with precision(config):
-    denoise_fn = transformer.make_denoise_fn(config)
-    rows, _ = denoise_fn(params, tokens, mask, None, 0, tokens.shape[1])
+    denoise_fn = functions.make_denoise_fn(config)
+    whole = cache_lib.Uncached()
+    rows, _ = denoise_fn(params, tokens, mask, whole, 0, tokens.shape[1])
   return rows
 
 
@@ -64,35 +68,18 @@ class Generated:
 
 
 def generate(
-  model: Model,
-  prompts,
-  attention_mask=None,
-  *,
-  gen_length: int,
-  steps: int,
-  block_length: int,
-  temperature: float = 0.0,
-  cfg_scale: float = 0.0,
-  remasking: str = "low_confidence",
-  algorithm: str = "llada",
-  top_p: float | None = None,
-  top_k: int | None = None,
-  cache: str = "none",
-  threshold: float | None = None,
-  factor: float | None = None,
-  seed: int = 0,
-  mask_id: int | None = None,
-  eos_id: int | None = None,
-  noise=None,
-  canvas=None,
-  eot_id: int | None = None,
-  eps: float = 1e-3,
-  alg_temp: float = 0.0,
-  logits_eos_inf: bool = False,
-  confidence_eos_eot_inf: bool = False,
-  stop_at_eos: bool = False,
+  model: Model, prompts, attention_mask=None, *,
+  gen_length: int, steps: int, block_length: int, temperature: float = 0.0,
+  cfg_scale: float = 0.0, remasking: str = "low_confidence",
+  algorithm: str = "llada", top_p: float | None = None,
+  top_k: int | None = None, cache: str = "none",
+  threshold: float | None = None, factor: float | None = None, seed: int = 0,
+  mask_id: int | None = None, eos_id: int | None = None, noise=None,
+  canvas=None, eot_id: int | None = None, eps: float = 1e-3,
+  alg_temp: float = 0.0, logits_eos_inf: bool = False,
+  confidence_eos_eot_inf: bool = False, stop_at_eos: bool = False,
   mask_policy: str = "compete",
-) -> Generated:
+) -> Generated:  # fmt: skip
   """Completes prompts by block-wise denoising, as the original programs do.
 
   One program is compiled per (shape, setting); seed, prompts and padding may
@@ -117,13 +104,13 @@ def generate(
     cache: "none", or Fast-dLLM's "prefix" or "dual".
     threshold, factor: commit by confidence instead of by schedule.
     seed: of all draws; the same seed gives the same tokens.
-    mask_id, eos_id: None takes the checkpoint's.
+    mask_id, eos_id, eot_id: None takes the checkpoint's; the end-of-turn token
+      is "<|eot_id|>" of the tokenizer.
     noise: recorded uniforms in place of draws: f32 [T, n, S, V] for tokens,
       [T, n, S] for positions, [T, m] for the positions still masked, or a
       mapping with the keys "tokens", "positions", "masked" for several.
     canvas: i32 [n, gen_length], a partly filled completion with the mask id
       where it is empty; None: all empty. [n, P + gen_length] is taken too.
-    eot_id: end-of-turn token; None takes "<|eot_id|>" of the tokenizer.
     eps, alg_temp: smallest time of Dream's schedule; temperature of the order
       in which its positions are taken.
     logits_eos_inf, confidence_eos_eot_inf: LLaDA's options against early ends.
@@ -135,56 +122,36 @@ def generate(
   Raises:
     ValueError: before anything is compiled, naming value and remedy.
   """
-  config = model.config
-  settings = sampler.SamplerSettings(
-    completion_length=gen_length,
-    block_length=block_length,
-    steps=steps,
-    temperature=temperature,
-    remasking=remasking,
-    algorithm=algorithm,
-    cfg_scale=cfg_scale,
-    top_p=top_p,
-    top_k=top_k,
-    cache=cache,
-    threshold=threshold,
-    factor=factor,
-    stop_at_eos=stop_at_eos,
-    mask_policy=mask_policy,
-    time_epsilon=eps,
-    order_temperature=alg_temp,
-    logits_eos_inf=logits_eos_inf,
-    confidence_eos_eot_inf=confidence_eos_eot_inf,
+  settings = _checked_settings(
+    gen_length, block_length, steps, temperature, remasking, algorithm,
+    cfg_scale, top_p, top_k, cache, threshold, factor, stop_at_eos,
+    mask_policy, eps, alg_temp, logits_eos_inf, confidence_eos_eot_inf,
+  )  # fmt: skip
+  ids = _checked_ids(model, mask_id, eos_id, eot_id)
+  canvas, token_mask = _checked_canvas(
+    model, settings, ids, prompts, attention_mask, canvas
   )
-  sampler.validate(settings)
-  if algorithm != "llada" and block_length != gen_length:
-    raise ValueError(
-      f"algorithm={algorithm!r} knows no blocks; use block_length="
-      f"gen_length={gen_length} instead of {block_length}."
-    )
-  ids = _generate_ids(model, mask_id, eos_id, eot_id)
-  prompts = _checked_tokens("prompts", prompts, config.vocab_size)
-  mask = _checked_prompt_mask(attention_mask, prompts.shape)
-  canvas = _whole_canvas(prompts, canvas, gen_length, ids[0], config.vocab_size)
-  n, length = canvas.shape
-  token_mask = np.ones((n, length), bool)
-  if mask is not None:
-    token_mask[:, : prompts.shape[1]] = mask
-  sampler.check_call(settings, canvas.shape, ids[1], ids[2])
-  # An adaptive sampler ends when it is done: nobody knows its forwards before.
-  forwards = 1 if settings.adaptive else settings.steps
-  noise = _checked_noise(noise, canvas.shape, config.vocab_size, forwards)
+  noise = _checked_noise(noise, settings, canvas, model.config.vocab_size)
   if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
     raise ValueError(f"seed={seed!r} must be a whole number below 2**32.")
   out = _generate(
-    config, settings, ids, model.params, canvas, token_mask, np.uint32(seed),
-    noise,
+    model.config, settings, ids, model.params, canvas, token_mask,
+    np.uint32(seed), noise,
   )  # fmt: skip
-  return Generated(
-    tokens=np.asarray(out.tokens),
-    denoiser_calls=int(out.denoiser_calls),
-    commit_step=np.asarray(out.commit_step),
-  )
+  steps = np.asarray(out.commit_step)
+  return Generated(np.asarray(out.tokens), int(out.denoiser_calls), steps)
+
+
+def _checked_settings(length, block_length, *options) -> SamplerSettings:
+  """Valid settings, of one block with Dream's algorithms."""
+  settings = SamplerSettings(length, block_length, *options)
+  validate(settings)
+  if settings.algorithm != "llada" and settings.blocks > 1:
+    raise ValueError(
+      f"algorithm={settings.algorithm!r} knows no blocks; use block_length="
+      f"gen_length={length} instead of {block_length}."
+    )
+  return settings
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -192,8 +159,8 @@ def _generate(config, settings, ids, params, canvas, token_mask, seed, noise):
   """Compiled part of `generate`."""
   mask_id, eos_id, eot_id = ids
   with precision(config):
-    return sampler.denoise(
-      transformer.make_denoise_fn(config),
+    return denoise(
+      functions.make_denoise_fn(config),
       params,
       canvas,
       token_mask,
@@ -206,7 +173,7 @@ def _generate(config, settings, ids, params, canvas, token_mask, seed, noise):
     )
 
 
-def _generate_ids(model: Model, mask_id, eos_id, eot_id):
+def _checked_ids(model: Model, mask_id, eos_id, eot_id):
   """Mask, EOS and EoT ids: what the caller says, else the checkpoint's."""
   config, tokenizer = model.config, model.tokenizer
   if mask_id is None:
@@ -225,30 +192,40 @@ def _generate_ids(model: Model, mask_id, eos_id, eot_id):
   return tuple(None if v is None else int(v) for v in named.values())
 
 
-def _whole_canvas(prompts, canvas, gen_length, mask_id, vocab_size):
-  """Prompts and completions side by side, i32 [n, P + gen_length]."""
+def _checked_canvas(model, settings, ids, prompts, attention_mask, canvas):
+  """Prompts beside completions, i32 [n, S], and bool [n, S], no padding."""
+  vocab_size, length = model.config.vocab_size, settings.completion_length
+  prompts = _checked_tokens("prompts", prompts, vocab_size)
   n, prompt_length = prompts.shape
+  token_mask = np.ones((n, prompt_length + length), bool)
+  seen = _checked_mask(attention_mask, prompts.shape)
+  if seen is not None:
+    _refuse_padding_behind(seen)
+    token_mask[:, :prompt_length] = seen
   if canvas is None:
-    completion = np.full((n, gen_length), mask_id, np.int32)
-    return np.concatenate([prompts, completion], axis=1)
+    canvas = np.full((n, length), ids[0], np.int32)
   canvas = _checked_tokens("canvas", canvas, vocab_size)
-  if canvas.shape == (n, prompt_length + gen_length):
+  if canvas.shape == token_mask.shape:
     if not (canvas[:, :prompt_length] == prompts).all():
       raise ValueError(
         "canvas begins with other tokens than prompts; give only its last "
-        f"gen_length={gen_length} columns, or the same prompts."
+        f"gen_length={length} columns, or the same prompts."
       )
-    return canvas
-  if canvas.shape != (n, gen_length):
+  elif canvas.shape != (n, length):
     raise ValueError(
-      f"canvas has shape {canvas.shape}; give [{n}, gen_length={gen_length}]."
+      f"canvas has shape {canvas.shape}; give [{n}, gen_length={length}]."
     )
-  return np.concatenate([prompts, canvas], axis=1)
+  else:
+    canvas = np.concatenate([prompts, canvas], axis=1)
+  check_call(settings, canvas.shape, ids[1], ids[2])
+  return canvas, token_mask
 
 
-def _checked_noise(noise, shape, vocab_size, forwards) -> sampler.Noise | None:
+def _checked_noise(noise, settings, canvas, vocab_size) -> Noise | None:
   """Recorded uniforms under their names, with their shapes checked."""
-  if noise is None or isinstance(noise, sampler.Noise):
+  # An adaptive sampler ends when it is done: nobody knows its forwards before.
+  forwards = 1 if settings.adaptive else settings.steps
+  if noise is None or isinstance(noise, Noise):
     return noise
   if not isinstance(noise, Mapping):
     array = np.asarray(noise, np.float32)
@@ -259,7 +236,7 @@ def _checked_noise(noise, shape, vocab_size, forwards) -> sampler.Noise | None:
         "[T, m]."
       )
     noise = {name: array}
-  wanted = {"tokens": (*shape, vocab_size), "positions": shape}
+  wanted = {"tokens": (*canvas.shape, vocab_size), "positions": canvas.shape}
   for name, array in noise.items():
     if name not in ("tokens", "positions", "masked"):
       raise ValueError(
@@ -275,7 +252,7 @@ def _checked_noise(noise, shape, vocab_size, forwards) -> sampler.Noise | None:
         f"noise for {name} has {len(array)} entries; the sampler does "
         f"{forwards} forwards and takes one for each."
       )
-  return sampler.Noise(
+  return Noise(
     **{name: np.asarray(array, np.float32) for name, array in noise.items()}
   )
 
@@ -366,12 +343,9 @@ def _checked_mask(mask, shape) -> np.ndarray | None:
   return array
 
 
-def _checked_prompt_mask(mask, shape) -> np.ndarray | None:
-  """The same for prompts, whose completions follow their last column."""
-  array = _checked_mask(mask, shape)
-  if array is None:
-    return None
-  behind = np.argwhere(array[:, :-1] & ~array[:, 1:])
+def _refuse_padding_behind(seen: np.ndarray) -> None:
+  """A completion follows its prompt's last column: padding lies on the left."""
+  behind = np.argwhere(seen[:, :-1] & ~seen[:, 1:])
   if len(behind):
     row, place = behind[0]
     raise ValueError(
@@ -379,4 +353,3 @@ def _checked_prompt_mask(mask, shape) -> np.ndarray | None:
       f"{place + 1}: its completion would not follow its prompt; pad prompts "
       "on the left (tokenizer.padding_side='left')."
     )
-  return array

@@ -53,6 +53,15 @@ def tiny(tmp_path_factory):
   return command
 
 
+@pytest.fixture(scope="module")
+def compiled_fast():
+  """For files whose time is mostly compilation of tiny programs."""
+  import tiny_runs
+
+  with tiny_runs.quick():
+    yield
+
+
 @pytest.fixture
 def quick_runs():
   """Runs with the same settings share what they compiled, and that fast."""

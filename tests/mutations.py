@@ -298,41 +298,48 @@ def _faults():
       ),
     )
   )
-  module, tests = "sampling/sampler.py", "sampling/test_sampler.py"
   yield from (
     Fault(*row)
     for row in (
       (
         "EOS itself is not scored",
-        module,
+        "sampling/denoise.py",
         "return jnp.cumsum(ends, axis=-1) - ends == 0",
         "return jnp.cumsum(ends, axis=-1) == 0",
-        tests,
+        "sampling/test_denoise.py",
         "completion_mask",
       ),
       (
         "quotas rounded down",
-        module,
+        "sampling/schedules.py",
         "return (remaining + left - 1) // left",
         "return remaining // left",
-        tests,
+        "sampling/test_schedules.py",
         "quotas_are",
       ),
       (
         "ties by the highest index",
-        module,
+        "sampling/schedules.py",
         "beats = (other > mine) | ((other == mine) & earlier)",
         "beats = (other > mine) | ((other == mine) & ~earlier)",
-        tests,
+        "sampling/test_schedules.py",
         "ties",
       ),
       (
         "Gumbel noise with the wrong sign",
-        module,
+        "sampling/proposals.py",
         "return _argmax(logits + temperature * noise)",
         "return _argmax(logits - temperature * noise)",
-        tests,
+        "sampling/test_proposals.py",
         "gumbel",
+      ),
+      (
+        "a noisy block sees itself in the clean text",
+        "models/attention.py",
+        '"clean": operator.gt',
+        '"clean": operator.ge',
+        "models/test_attention.py",
+        "parts_are_one",
       ),
     )
   )

@@ -2,10 +2,32 @@
 
 One row at a time, as the reference programs do, with an own forward pass:
 caches hold keys before their rotation, a cached block overwrites its own part.
-Written from the rules of ../shared/fixtures, not from `rspo_jax.sampling.sampler`.
+Written from the rules of ../shared/fixtures, not from `rspo_jax.sampling`.
 """
 
+import functools
+
 import numpy as np
+
+VOCAB, MASK, EOS, EOT = 30, 29, 28, 27
+
+
+@functools.cache
+def tiny_model(family="llada", seed=3, kv_heads=2):
+  """Config and parameters of the model that is decoded, both ways."""
+  import jax
+
+  from rspo_jax.models import families, transformer
+
+  config = families.ModelConfig(
+    family=family, vocab_size=VOCAB, width=16, layers=2, heads=4,
+    kv_heads=kv_heads, mlp_width=24, rope_theta=1e4, norm_eps=1e-6,
+    mask_id=MASK, eos_id=EOS, pad_id=EOS, max_length=64,
+    qkv_bias=family == "dream", logit_shift=family == "dream",
+  )  # fmt: skip
+  params = transformer.init(config, jax.random.key(seed))
+  # Logits of spread 1 or more: confidences far from ties.
+  return config, jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, params)
 
 
 class Naive:

@@ -30,6 +30,11 @@ PURE = (
   "sampling",
   "models.families",
   "models.transformer",
+  "models.layers",
+  "models.attention",
+  "models.cache",
+  "models.mlp",
+  "models.functions",
   "models.lora",
   "planning.chips",
   "planning.flops",
@@ -37,10 +42,13 @@ PURE = (
   "run.collapse",
   "tasks.base",
   "tasks.answers",
+  "tasks.arithmetic",
+  "tasks.latex",
+  "tasks.plain_latex",
 )
 WITHOUT_JAX = ("config",)
 # What a command imports before its first line.
-LIGHT = ("main", "config", "run.rules", "sampling.sampler_settings")
+LIGHT = ("main", "config", "run.rules", "sampling.settings")
 HEAVY = {"jax", "flax", "optax", "orbax", "grain", "tensorflow_datasets"}
 IMPURE_MODULES = {
   "datetime",

@@ -51,9 +51,9 @@ class Model:
     'checkpoint folder in the Hugging Face layout, or "embedded:NAME" for one '
     'that the package carries; "" trains a new model (supervised runs only)')
   published: str = key("",
-    "key of rspo_jax.models.families.published.PUBLISHED: the shape that "
+    "key of rspo_jax.models.families.PUBLISHED: the shape that "
     'launch/plan.py takes while path is ""',
-    table="models.families.published:PUBLISHED")
+    table="models.families:PUBLISHED")
   compute_dtype: str = key("auto",
     "auto (float32 on CPU, else bfloat16) | float32 | bfloat16: dtype of "
     "matmul inputs", choices=("auto", *DTYPES))
@@ -170,14 +170,14 @@ class Sampler:
   steps: int = key(8,
     "T: denoising steps of all blocks together; 0: L", at_least=0)
   algorithm: str = key("llada",
-    "key of rspo_jax.sampling.sampler.ALGORITHMS",
-    table="sampling.sampler_settings:ALGORITHMS")
+    "key of rspo_jax.sampling.schedules.ALGORITHMS",
+    table="sampling.settings:ALGORITHMS")
   remasking: str = key("low_confidence",
-    "key of rspo_jax.sampling.sampler.REMASKING",
-    table="sampling.sampler_settings:REMASKING")
+    "key of rspo_jax.sampling.proposals.REMASKING",
+    table="sampling.settings:REMASKING")
   cache: str = key("none",
     "none | prefix | dual: keys and values that a block's later steps read "
-    "instead of computing them", table="sampling.sampler_settings:CACHES")
+    "instead of computing them", table="sampling.settings:CACHES")
   threshold: float = key(0.0,
     "commit all that are at least this probable; 0: off", at_least=0)
   factor: float = key(0.0,

@@ -18,6 +18,7 @@ import dataclasses
 import fractions
 import functools
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -201,7 +202,7 @@ class Problems:
     }
 
 
-def _block(seed: int, split: str, block: int) -> Problems:
+def _block(seed: int, split: str, block: int) -> Sequence[np.ndarray]:
   """Generates the problems of one block that belong to the split."""
   n = _DRAWS_PER_BLOCK
   words = streams.raw_words((_STREAM, seed, _SPLIT_IDS[split], block), 4 * n)
@@ -216,9 +217,8 @@ def _block(seed: int, split: str, block: int) -> Problems:
   target = column + TARGET_MIN
   form = best[np.arange(len(best)), column]
   mine = split_of(numbers, target) == _SPLIT_IDS[split]
-  return Problems(
-    numbers[mine].astype(np.int32), target[mine].astype(np.int32), form[mine]
-  )
+  numbers, target = numbers.astype(np.int32), target.astype(np.int32)
+  return numbers[mine], target[mine], form[mine]
 
 
 def generate(seed: int, split: str, count: int) -> Problems:
@@ -232,40 +232,13 @@ def generate(seed: int, split: str, count: int) -> Problems:
     split: train, validation or test.
     count: how many.
   """
-  blocks, seen, have = [_empty()], set(), 0
-  for block in itertools.count():
-    if have >= count:
-      break
-    problems = _block(seed, split, block)
-    if split != "train":
-      problems = _drop_seen(problems, seen)
-    blocks.append(problems)
-    have += len(problems)
-  return Problems(
-    *(
-      np.concatenate([getattr(b, field.name) for b in blocks])[:count]
-      for field in dataclasses.fields(Problems)
-    )
-  )
+  block = functools.partial(_block, seed, split)
+  keys = None if split == "train" else _keys
+  return Problems(*streams.first_rows(block, count, keys))
 
 
-def _empty() -> Problems:
-  return Problems(
-    np.zeros((0, 3), np.int32), np.zeros(0, np.int32), np.zeros(0, np.int8)
-  )
-
-
-def _drop_seen(problems: Problems, seen: set) -> Problems:
-  """Keeps the problems that are not in `seen` and adds them to it."""
-  keep = []
-  keys = np.sort(problems.numbers, axis=1).tolist()
-  for i, (key, target) in enumerate(
-    zip(keys, problems.target.tolist(), strict=True)
-  ):
-    problem = (*key, target)
-    if problem not in seen:
-      seen.add(problem)
-      keep.append(i)
-  return Problems(
-    problems.numbers[keep], problems.target[keep], problems.form[keep]
-  )
+def _keys(numbers, target, form):
+  """What makes a problem: its numbers in whatever order, and its target."""
+  del form
+  ordered = np.sort(numbers, axis=1)
+  return map(tuple, np.column_stack([ordered, target]).tolist())

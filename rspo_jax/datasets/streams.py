@@ -5,6 +5,9 @@ numpy keeps the raw output of a bit generator fixed for ever, but not what
 the raw 64-bit words alone.
 """
 
+import itertools
+from collections.abc import Callable, Hashable, Iterable, Sequence
+
 import numpy as np
 
 
@@ -35,3 +38,29 @@ def mix(values: np.ndarray) -> np.ndarray:
       0x94D049BB133111EB
     )
   return values ^ (values >> np.uint64(31))
+
+
+def first_rows(
+  block: Callable[[int], Sequence[np.ndarray]],
+  count: int,
+  keys: Callable[..., Iterable[Hashable]] | None = None,
+) -> list[np.ndarray]:
+  """Returns the first rows of an endless sequence of blocks, as columns.
+
+  Args:
+    block: number of a block -> its columns.
+    count: how many rows.
+    keys: columns -> what tells each row from others, none of which is then
+      returned twice; None: rows may repeat.
+  """
+  seen, blocks, have = set(), [], 0
+  for number in itertools.count():
+    columns = block(number)
+    if keys is not None:
+      rows = enumerate(keys(*columns))
+      keep = [i for i, key in rows if not (key in seen or seen.add(key))]
+      columns = [column[keep] for column in columns]
+    blocks.append(columns)
+    have += len(columns[0])
+    if have >= count:
+      return [np.concatenate(c)[:count] for c in zip(*blocks, strict=True)]

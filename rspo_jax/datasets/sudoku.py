@@ -110,7 +110,7 @@ def _digits_text(cells: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(digits).view("S16")[:, 0]
 
 
-def _block(seed: int, split: str, empties: int, block: int) -> Puzzles:
+def _block(seed: int, split: str, empties: int, block: int):
   """Generates unique puzzles with a given number of empty cells."""
   n = _DRAWS_PER_BLOCK
   words = streams.raw_words(
@@ -121,7 +121,7 @@ def _block(seed: int, split: str, empties: int, block: int) -> Puzzles:
   ranks = words[n:].reshape(n, 16).argsort(axis=1).argsort(axis=1)
   puzzle = np.where(ranks < empties, 0, solution).astype(np.int8)
   unique = count_solutions(puzzle) == 1
-  return Puzzles(puzzle[unique], solution[unique])
+  return puzzle[unique], solution[unique]
 
 
 def generate(seed: int, split: str, count: int) -> Puzzles:
@@ -141,32 +141,13 @@ def generate(seed: int, split: str, count: int) -> Puzzles:
   solution = np.zeros((count, 16), np.int8)
   for level in levels:
     rows = np.flatnonzero(empties == level)
-    made = _fill(seed, split, level, len(rows))
-    puzzle[rows], solution[rows] = made.puzzle, made.solution
+    block = functools.partial(_block, seed, split, level)
+    keys = None if split == "train" else _keys
+    puzzle[rows], solution[rows] = streams.first_rows(block, len(rows), keys)
   return Puzzles(puzzle, solution)
 
 
-def _fill(seed: int, split: str, empties: int, count: int) -> Puzzles:
-  """Generates `count` puzzles of one level, distinct outside train."""
-  puzzles, solutions, seen, have = [], [], set(), 0
-  for block in itertools.count():
-    if have >= count:
-      break
-    made = _block(seed, split, empties, block)
-    if split != "train":
-      keep = []
-      for i, row in enumerate(made.puzzle):
-        key = row.tobytes()
-        if key not in seen:
-          seen.add(key)
-          keep.append(i)
-      made = Puzzles(made.puzzle[keep], made.solution[keep])
-    puzzles.append(made.puzzle)
-    solutions.append(made.solution)
-    have += len(made)
-  if not puzzles:
-    empty = np.zeros((0, 16), np.int8)
-    return Puzzles(empty, empty)
-  return Puzzles(
-    np.concatenate(puzzles)[:count], np.concatenate(solutions)[:count]
-  )
+def _keys(puzzle, solution):
+  """What makes a puzzle: its clues."""
+  del solution
+  return (row.tobytes() for row in puzzle)

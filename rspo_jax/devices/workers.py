@@ -3,10 +3,9 @@
 For verifiers that cannot be trusted to come back: symbolic comparison, and
 rewards that users bring.
 
-1. Each worker is `python -m rspo_jax.devices.workers MODULE:FUNCTION ...`, a process and
-   a session of its own, so that Ctrl-C does not reach it. (A fork would carry
-   JAX's locks along, and a spawned `multiprocessing` child runs the caller's
-   script again.)
+1. Each worker is a process (`worker_process`) and a session of its own, so
+   that Ctrl-C does not reach it. (A fork would carry JAX's locks along, and a
+   spawned `multiprocessing` child runs the caller's script again.)
 2. Calls and results cross its pipes as JSON, a line each. Nothing is pickled,
    and what the function prints goes to standard error, not among the results.
 3. A call has a limit of wall-clock time, kept from outside by killing the
@@ -21,11 +20,10 @@ rewards that users bring.
 
 import contextlib
 import dataclasses
-import importlib
+import functools
 import json
 import math
 import os
-import resource
 import selectors
 import signal
 import subprocess
@@ -37,20 +35,17 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from rspo_jax.devices import worker_process
+from rspo_jax.devices.worker_process import FunctionError, check_target
+
 _START_LIMIT_S = 120.0  # imports, on a busy machine
 _MAX_STARTS = 3  # in a row, without one that gets ready
-_MAX_RESULT_BYTES = 1 << 20
-_MAX_REASON = 200  # characters
 _GRACE_S = 0.5  # to end by itself before it is killed
 _CHUNK = 1 << 16
 
 
 class WorkersError(OSError):
   """No worker can be started; the message says why."""
-
-
-class FunctionError(ValueError):
-  """The function to call cannot be imported: the caller's mistake."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -92,22 +87,6 @@ class Limits:
         f"memory_bytes={self.memory_bytes} is too little for a Python process;"
         f" use at least {64 << 20}."
       )
-
-
-def check_target(target: str) -> tuple[str, str]:
-  """Splits `module:function`.
-
-  Raises:
-    FunctionError: it is not of that form.
-  """
-  module, colon, function = target.partition(":")
-  names = [*module.split("."), *function.split(".")]
-  if not colon or not all(name.isidentifier() for name in names):
-    raise FunctionError(
-      f"{target!r} must be module:function, such as my_rewards:score for the"
-      " function score in my_rewards.py."
-    )
-  return module, function
 
 
 class Workers:
@@ -192,6 +171,14 @@ class Workers:
     return _Worker(self.target, self.limits, self._quiet)
 
 
+@functools.cache
+def pool(
+  target: str, count: int, limits: Limits, quiet: bool = False
+) -> Workers:
+  """The workers of a program: the same ones for the same arguments."""
+  return Workers(target, count, limits, quiet)
+
+
 class _Worker:
   """One process, its pipes and the call it is at."""
 
@@ -205,7 +192,7 @@ class _Worker:
       "OPENBLAS_NUM_THREADS": "1",
       "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, "-m", "rspo_jax.devices.workers", target]
+    command = [sys.executable, "-m", worker_process.__name__, target]
     command += [repr(limits.time_s), repr(limits.cpu_s)]
     command += [str(limits.memory_bytes), str(os.getpid())]
     try:
@@ -285,19 +272,20 @@ class _Round:
 
   def __init__(self, pool: Workers, lines: list[bytes]):
     self.pool = pool
+    self.slots = pool._slots
     self.lines = lines
     self.waiting = deque(range(len(lines)))
     self.outcomes: list[Outcome | None] = [None] * len(lines)
     self.missing = len(lines)
 
   def run(self) -> list[Outcome]:
-    slots = self.pool._slots
+    slots = self.slots
     while True:
-      self._staff(slots)
+      self._staff()
       started = self.lines or any(w and w.ready for w in slots)
       if not self.missing and started:
         if self.pool._losses:
-          self._staff(slots)  # they get ready while nobody waits
+          self._staff()  # they get ready while nobody waits
         return self.outcomes
       with selectors.DefaultSelector() as selector:
         for slot, worker in enumerate(slots):
@@ -316,32 +304,32 @@ class _Round:
         if mask & selectors.EVENT_WRITE:
           worker.send()
         if mask & selectors.EVENT_READ:
-          self._hear(slots, key.data)
-      self._enforce(slots)
+          self._hear(key.data)
+      self._enforce()
 
-  def _staff(self, slots) -> None:
+  def _staff(self) -> None:
     """Fills empty places while there is work for them; hands out calls."""
     # As many as there is work for; all once calls have been seen to kill.
-    wanted = min(len(slots), max(1, self.missing))
+    wanted = min(len(self.slots), max(1, self.missing))
     if self.pool._losses:
-      wanted = len(slots)
-    for slot, worker in enumerate(slots):
+      wanted = len(self.slots)
+    for slot, worker in enumerate(self.slots):
       if (
         worker is not None and worker.idle and worker.process.poll() is not None
       ):
         worker.kill()  # died between two rounds
-        slots[slot] = worker = None
+        self.slots[slot] = worker = None
       if worker is None and slot < wanted:
-        slots[slot] = worker = self.pool._spawn()
+        self.slots[slot] = worker = self.pool._spawn()
       if worker is not None and worker.idle and self.waiting:
         worker.call = self.waiting.popleft()
         worker.deadline = time.monotonic() + self.pool.limits.time_s
         worker.unsent = self.lines[worker.call]
         worker.send()
 
-  def _hear(self, slots, slot: int) -> None:
+  def _hear(self, slot: int) -> None:
     """Takes a worker's messages, or its end."""
-    worker = slots[slot]
+    worker = self.slots[slot]
     messages, ended = worker.receive()
     for message in messages:
       if "fatal" in message:
@@ -363,16 +351,16 @@ class _Round:
     elif not worker.ready:
       self._failed_start(f"the worker {worker.ending()} before it was ready")
     worker.kill()
-    slots[slot] = None
+    self.slots[slot] = None
 
-  def _enforce(self, slots) -> None:
+  def _enforce(self) -> None:
     """Kills the workers that are past their deadline."""
     now = time.monotonic()
-    for slot, worker in enumerate(slots):
+    for slot, worker in enumerate(self.slots):
       if worker is None or worker.idle or now < worker.deadline:
         continue
       worker.kill()
-      slots[slot] = None
+      self.slots[slot] = None
       if worker.ready:
         self.pool._losses += 1
         limit = self.pool.limits.time_s
@@ -403,159 +391,3 @@ def _close(slots: list[_Worker | None], owner: int) -> None:
     if worker is not None:
       worker.kill()
       slots[slot] = None
-
-
-# What follows runs in the worker.
-
-
-class _OutOfTime(BaseException):
-  """The processor time of a call is used up.
-
-  Not an Exception: libraries that catch those would go on.
-  """
-
-
-def _break_off(*_) -> None:
-  raise _OutOfTime
-
-
-def _end_with_parent(parent: int) -> None:
-  """Ends this session when the parent is gone."""
-  while os.getppid() == parent:
-    time.sleep(0.5)
-  _end_session()
-
-
-def _end_session() -> None:
-  """Ends this process and whatever it has started."""
-  if os.getpgrp() == os.getpid():
-    os.killpg(0, signal.SIGKILL)
-  os._exit(0)
-
-
-def _import(target: str):
-  """The function to call.
-
-  Raises:
-    FunctionError: there is none; the message says why.
-  """
-  module_name, name = check_target(target)
-  try:
-    found = importlib.import_module(module_name)
-    for part in name.split("."):
-      found = getattr(found, part)
-  except Exception as error:  # the module is a program of the caller's
-    raise FunctionError(
-      f"{target} cannot be imported ({type(error).__name__}: {error}); it must"
-      " name a function in a module on Python's path."
-    ) from error
-  if not callable(found):
-    raise FunctionError(
-      f"{target} is a {type(found).__name__}, not a function."
-    )
-  return found
-
-
-def _answer(function, line: bytes, cpu_s: float) -> dict[str, Any]:
-  """Calls the function once and says what came of it."""
-  value, reason, last = None, "", False
-  try:
-    if cpu_s:
-      signal.setitimer(signal.ITIMER_PROF, cpu_s)
-    try:
-      value = function(*json.loads(line))
-    finally:
-      signal.setitimer(signal.ITIMER_PROF, 0)
-  except _OutOfTime:
-    reason = f"took longer than {cpu_s:g} s"
-  except MemoryError:
-    # What is left of the address space may be too little for the next call.
-    reason, last = "ran out of memory", True
-  except RecursionError:
-    reason = "nested too deeply"
-  except (Exception, SystemExit) as error:
-    reason = f"{type(error).__name__}: {error}"[:_MAX_REASON]
-  return {"value": value, "reason": reason, "last": last}
-
-
-def _plain(value):
-  """A number of numpy, torch or jax as Python's own."""
-  if hasattr(value, "item"):
-    return value.item()
-  raise TypeError(type(value).__name__)
-
-
-def _encode(message: dict[str, Any]) -> bytes:
-  """A message as a line; a result that JSON cannot say becomes a reason."""
-  why = f"returned more than {_MAX_RESULT_BYTES} bytes"
-  try:
-    line = json.dumps(message, default=_plain).encode() + b"\n"
-    if len(line) <= _MAX_RESULT_BYTES:
-      return line
-  except (TypeError, ValueError, RecursionError):
-    why = f"returned what JSON cannot say: {type(message['value']).__name__}"
-  return _encode({"value": None, "reason": why, "last": message["last"]})
-
-
-def _write(descriptor: int, content: bytes) -> None:
-  while content:
-    content = content[os.write(descriptor, content) :]
-
-
-def serve(
-  target: str, time_s: float, cpu_s: float, memory_bytes: int, parent: int
-) -> None:
-  """Answers calls on standard input until it ends.
-
-  Args:
-    target: `module:function`.
-    time_s: limit of a call, kept by the parent.
-    cpu_s: limit of its processor time, kept here; 0: none.
-    memory_bytes: limit of the address space.
-    parent: process id.
-  """
-  threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-  requests = os.fdopen(os.dup(0), "rb")
-  replies = os.dup(1)
-  # The function gets an empty input, and prints where it does not disturb.
-  with open(os.devnull, "rb") as nothing:
-    os.dup2(nothing.fileno(), 0)
-  os.dup2(2, 1)
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGPROF, _break_off)
-  resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-  _, hard = resource.getrlimit(resource.RLIMIT_AS)
-  if hard != resource.RLIM_INFINITY:
-    memory_bytes = min(memory_bytes, hard)
-  resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, hard))
-  try:
-    function = _import(target)
-  except FunctionError as error:
-    _write(replies, json.dumps({"fatal": str(error)}).encode() + b"\n")
-    return
-  _write(replies, b'{"ready": true}\n')
-  _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-  burst = math.ceil(time_s * (os.cpu_count() or 1)) + 1
-  for line in requests:
-    if hard == resource.RLIM_INFINITY:
-      used = math.ceil(time.process_time())
-      resource.setrlimit(resource.RLIMIT_CPU, (used + burst, hard))
-    message = _answer(function, line, cpu_s)
-    _write(replies, _encode(message))
-    if message["last"]:
-      return
-
-
-if __name__ == "__main__":
-  try:
-    serve(
-      sys.argv[1],
-      float(sys.argv[2]),
-      float(sys.argv[3]),
-      int(sys.argv[4]),
-      int(sys.argv[5]),
-    )
-  except BrokenPipeError:
-    pass  # the parent is gone
-  finally:
-    _end_session()

@@ -20,8 +20,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax import traverse_util
 
-from rspo_jax.models import checkpoints, hf_folder, lora
+from rspo_jax.models import checkpoints, lora, model_folder, safetensors_files
 from rspo_jax.models.checkpoints import (
   MissingTensor,
   UnexpectedTensor,
@@ -76,14 +77,14 @@ def load_adapter(
     MissingTensor, UnexpectedTensor, WrongShape, UnsupportedConfig,
     CheckpointError: naming tensor or key, and file.
   """
-  folder = checkpoints.resolve_folder(path)
+  folder = model_folder.resolve_folder(path)
   file = folder / CONFIG
   if not file.exists():
     raise CheckpointError(
       f"{folder} has no {CONFIG}, so it is no PEFT adapter; a full checkpoint "
       "is loaded by load_model."
     )
-  source = checkpoints.parse_json(hf_folder.read_small(file), str(file))
+  source = model_folder.parse_json(model_folder.read_small(file), str(file))
   if not (folder / WEIGHTS).exists():
     raise CheckpointError(
       f"{folder} has no {WEIGHTS}; adapters in .bin files have to be saved "
@@ -92,16 +93,16 @@ def load_adapter(
   where = str(folder / WEIGHTS)
   modules = _modules(config)
   tensors = _by_module(
-    checkpoints.read_tensors(folder / WEIGHTS, np.dtype(dtype)), where
+    safetensors_files.read_tensors(folder / WEIGHTS, np.dtype(dtype)), where
   )
   targets = _check_modules(tensors, modules, source, where)
   settings = _settings(source, targets)
-  adapter = {}
+  arrays = {}
   for target in targets:
-    names, shape = modules[target]
-    *_, inputs, outputs = shape
+    leaf = modules[target]
+    *stacked, inputs, outputs = leaf.shape
     pairs = []
-    for name in names:
+    for name in _names(leaf):
       a, b = tensors[name]
       for matrix, letter, wanted in (
         (a, "A", (settings.rank, inputs)),
@@ -114,13 +115,10 @@ def load_adapter(
             f"{wanted}; is it an adapter of another model?"
           )
       pairs.append((a.T, b.T))
-    a, b = (np.stack(side) for side in zip(*pairs, strict=True))
-    if target == "head":
-      adapter["head"] = {"a": jnp.asarray(a[0]), "b": jnp.asarray(b[0])}
-    else:
-      pair = {"a": jnp.asarray(a), "b": jnp.asarray(b)}
-      adapter.setdefault("layers", {})[target] = pair
-  return settings, adapter, source
+    for side, matrices in zip("ab", zip(*pairs, strict=True), strict=True):
+      array = np.stack(matrices).reshape(*stacked, *matrices[0].shape)
+      arrays[*leaf.path[:-1], side] = jnp.asarray(array)
+  return settings, traverse_util.unflatten_dict(arrays), source
 
 
 def save_adapter(
@@ -144,19 +142,16 @@ def save_adapter(
   """
   from etils import epath
 
-  modules = _modules(config)
+  modules, arrays = _modules(config), traverse_util.flatten_dict(adapter)
   tensors = {}
   for target in settings.targets:
-    names, _ = modules[target]
-    pair = adapter["head"] if target == "head" else adapter["layers"][target]
-    a, b = (checkpoints.to_host(pair[side]) for side in ("a", "b"))
-    if target == "head":
-      a, b = a[None], b[None]
-    for layer, name in enumerate(names):
-      for letter, matrix in (("A", a[layer]), ("B", b[layer])):
-        tensors[f"{PREFIX}{name}.lora_{letter}.weight"] = np.ascontiguousarray(
-          matrix.T
-        )
+    leaf = modules[target]
+    for side in ("a", "b"):
+      host = checkpoints.to_host(arrays[*leaf.path[:-1], side])
+      matrices = host.reshape(-1, *host.shape[-2:])
+      for name, matrix in zip(_names(leaf), matrices, strict=True):
+        full = f"{PREFIX}{name}.lora_{side.upper()}.weight"
+        tensors[full] = np.ascontiguousarray(matrix.T)
   written = dict(source) if source else _new_config(config, settings, base)
   written |= {
     "r": settings.rank,
@@ -166,22 +161,24 @@ def save_adapter(
   if base:
     written["base_model_name_or_path"] = base
   folder = epath.Path(path).expanduser()
-  checkpoints.make_folder(folder)
+  model_folder.make_folder(folder)
   content = safetensors.numpy.save(tensors, metadata={"format": "pt"})
   files.write(folder / WEIGHTS, content)
   files.write_json(folder / CONFIG, written)
 
 
-def _modules(
-  config: ModelConfig,
-) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-  """Checkpoint modules, one a layer, and kernel shape of each target."""
-  found = {}
-  for leaf in checkpoints.leaves(config):
-    if leaf.path[-1] == "kernel":
-      names = tuple(name.removesuffix(".weight") for name in leaf.names)
-      found[leaf.path[-2]] = (names, leaf.shape)
-  return found
+def _modules(config: ModelConfig) -> dict[str, checkpoints.Leaf]:
+  """The kernel of each target."""
+  return {
+    leaf.path[-2]: leaf
+    for leaf in checkpoints.leaves(config)
+    if leaf.path[-1] == "kernel"
+  }
+
+
+def _names(leaf: checkpoints.Leaf) -> list[str]:
+  """Checkpoint modules of a kernel, one a layer."""
+  return [name.removesuffix(".weight") for name in leaf.names]
 
 
 def _by_module(tensors, where: str):
@@ -210,7 +207,7 @@ def _by_module(tensors, where: str):
 def _check_modules(tensors, modules, source, where) -> tuple[str, ...]:
   """Targets that the tensors adapt, checked against names on both sides."""
   target_by_module = {
-    name: target for target, (names, _) in modules.items() for name in names
+    name: target for target, leaf in modules.items() for name in _names(leaf)
   }
   for module in tensors:
     if module not in target_by_module:
@@ -248,7 +245,7 @@ def _matching(source, key: str, modules: list[str]) -> set[str]:
     return set()
   if isinstance(patterns, str):
     try:
-      return set(hf_folder.matching(patterns, modules))
+      return set(model_folder.matching(patterns, modules))
     except ValueError as error:
       raise UnsupportedConfig(
         f"{CONFIG}: {key}={patterns!r:.120} is no expression that can be "
@@ -310,9 +307,9 @@ def _settings(source, targets) -> LoraSettings:
 def _new_config(config, settings, base) -> dict[str, Any]:
   """adapter_config.json of an adapter that was made here."""
   modules = _modules(config)
-  wanted = {name for t in settings.targets for name in modules[t][0]}
+  wanted = {name for t in settings.targets for name in _names(modules[t])}
   names = sorted({name.rsplit(".", 1)[-1] for name in wanted})
-  every = {name for names_, _ in modules.values() for name in names_}
+  every = {name for leaf in modules.values() for name in _names(leaf)}
   target_modules: Any = names
   if {name for name in every if _named(names, name)} != wanted:
     # LLaDA calls a layer's down projection and its head both ff_out; a list

@@ -47,19 +47,13 @@ def render(
   """
   given = {"tools": None, "documents": None, **variables}
   call = [source, {**given, "messages": list(messages)}]
-  (outcome,) = _worker().map([call])
+  pool = workers.pool(f"{__name__}:render_here", 1, LIMITS, quiet=True)
+  (outcome,) = pool.map([call])
   if outcome.reason:
     raise ValueError(
       f"the chat template refused the messages: {outcome.reason}"
     )
   return outcome.value
-
-
-@functools.lru_cache(maxsize=1)
-def _worker() -> workers.Workers:
-  """The process that renders, for all templates."""
-  target = f"{__name__}:render_here"
-  return workers.Workers(target, count=1, limits=LIMITS, quiet=True)
 
 
 def render_here(source: str, variables: Mapping[str, Any]) -> str:

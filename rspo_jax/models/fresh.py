@@ -5,7 +5,7 @@ parameters are those that a checkpoint folder would hold, so that a new model
 is saved, loaded and trained through the same code as LLaDA-8B.
 """
 
-from typing import Any
+import dataclasses
 
 import jax
 
@@ -18,51 +18,6 @@ from rspo_jax.models.tokenizer import build_word_tokenizer
 VOCABULARY_MULTIPLE = 8
 # Pieces that a list separated by spaces cannot hold themselves.
 _NAMED = {r"\s": " ", r"\n": "\n"}
-
-
-def source_config(shape: NewModel, tokenizer) -> dict[str, Any]:
-  """The config.json of a LLaDA model of this shape.
-
-  Args:
-    shape: sizes.
-    tokenizer: whose ids and size it takes.
-  """
-  size = tokenizer.backend.get_vocab_size()
-  rows = -(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-  return {
-    "model_type": "llada",
-    "architectures": ["LLaDAModelLM"],
-    "activation_type": "silu",
-    "alibi": False,
-    "attention_layer_norm": False,
-    "bias_for_layer_norm": False,
-    "block_group_size": 1,
-    "block_type": "llama",
-    "d_model": shape.width,
-    "embedding_size": rows,
-    "eos_token_id": tokenizer.eos_id,
-    "include_bias": False,
-    "include_qkv_bias": False,
-    "input_emb_norm": False,
-    "layer_norm_type": "rms",
-    "layer_norm_with_affine": True,
-    "mask_token_id": tokenizer.mask_id,
-    "max_sequence_length": shape.max_length,
-    "mlp_hidden_size": shape.mlp_width,
-    "mlp_ratio": 4,
-    "multi_query_attention": None,
-    "n_heads": shape.heads,
-    "n_kv_heads": shape.kv_heads,
-    "n_layers": shape.layers,
-    "pad_token_id": tokenizer.pad_id,
-    "rms_norm_eps": shape.norm_eps,
-    "rope": True,
-    "rope_full_precision": True,
-    "rope_theta": shape.rope_theta,
-    "scale_logits": False,
-    "vocab_size": size,
-    "weight_tying": False,
-  }
 
 
 def new_model(shape: NewModel, key: jax.Array) -> Model:
@@ -78,13 +33,23 @@ def new_model(shape: NewModel, key: jax.Array) -> Model:
     ValueError: sizes that do not fit together, or a vocabulary that the
       pattern cannot cut.
   """
-  pieces = [_NAMED.get(piece, piece) for piece in shape.vocabulary.split()]
-  tokenizer = build_word_tokenizer(pieces, shape.pattern)
-  config_json = source_config(shape, tokenizer)
-  config = families.from_hf(config_json)
+  sizes = dataclasses.asdict(shape)
+  words, pattern = sizes.pop("vocabulary").split(), sizes.pop("pattern")
+  tokenizer = build_word_tokenizer([_NAMED.get(w, w) for w in words], pattern)
+  size = tokenizer.backend.get_vocab_size()
+  config = families.ModelConfig(
+    family="llada",
+    vocab_size=-(-size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE,
+    mask_id=tokenizer.mask_id,
+    eos_id=tokenizer.eos_id,
+    pad_id=tokenizer.pad_id,
+    **sizes,
+  )
+  source_config = families.to_hf(config) | {"vocab_size": size}
   return Model(
-    config=config,
+    # Read back, so that sizes which no checkpoint could have are refused.
+    config=families.from_hf(source_config),
     params=transformer.init(config, key),
     tokenizer=tokenizer,
-    source_config=config_json,
+    source_config=source_config,
   )

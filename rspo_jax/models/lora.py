@@ -7,7 +7,7 @@
 2. `attach` hangs them beside the kernels for a forward pass. Nothing of the
    base is copied: policy and reference share it, and the reference is the
    base with the initial adapter, or without one.
-   `Adapted` carries base and adapter to the functions of `transformer`.
+   `Adapted` carries base and adapter to the functions of the model.
 3. `merge` adds the difference into the kernels, for export as full weights.
 
 Source: LoRA, arXiv 2106.09685; scale alpha / r, or alpha / sqrt(r) with
@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
 
-from rspo_jax.models import transformer
+from rspo_jax.models import layers, transformer
 from rspo_jax.models.families import ModelConfig
 
 # The projections of a layer by their parameter names; "head" is the last map.
@@ -87,13 +87,13 @@ class Adapted:
 
 
 def weights(params):
-  """What `transformer` computes with: a tree as it is, `Adapted` attached."""
+  """What the model computes with: a tree as it is, `Adapted` attached."""
   if not isinstance(params, Adapted):
     return params
   tree = params.base
   for stream, adapter in (
-    (transformer.POLICY, params.adapter),
-    (transformer.REFERENCE, params.reference),
+    (layers.POLICY, params.adapter),
+    (layers.REFERENCE, params.reference),
   ):
     if adapter is not None:
       tree = attach(tree, adapter, params.scale, stream)
@@ -157,7 +157,7 @@ def boxed(config: ModelConfig, settings: LoraSettings, key: jax.Array):
   )
 
 
-def attach(params, adapter, scale: float, stream: str = transformer.POLICY):
+def attach(params, adapter, scale: float, stream: str = layers.POLICY):
   """Parameters with the adapter beside the kernels it adds to.
 
   Args:
@@ -215,7 +215,7 @@ def logical_axes(settings: LoraSettings):
   }
   axes = {}
   for target in settings.targets:
-    a, b = transformer.adapter_axes(kernels.get(target, ("embed", "heads")))
+    a, b = layers.adapter_axes(kernels.get(target, ("embed", "heads")))
     stack = () if target == "head" else ("layers",)
     _group(axes, target)[target] = {"a": (*stack, *a), "b": (*stack, *b)}
   return axes

@@ -9,68 +9,31 @@ A checkpoint folder carries its tokenizer as files. Two layouts are read:
 The ids of the mask, end-of-text and padding tokens are those of `config.json`,
 because the network was trained with them; a tokenizer that claims other ids is
 refused, since a prompt made with it would mean something else to the model.
-The files are data from elsewhere, and some of them are programs: chat templates,
-which `chat_templates` renders, and the rules of the `tokenizers` library, which
-are tried out in a worker process before they run here (`_try_out`).
+The files are data from elsewhere; `tokenizer_files` checks what they say, and
+`chat_templates` renders their templates.
 """
 
 import dataclasses
 import functools
 import json
-import pathlib
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
-from rspo_jax.devices import workers
-from rspo_jax.models import hf_folder
+from rspo_jax.models import families, model_folder, tokenizer_files
 from rspo_jax.models.families import CheckpointError
+from rspo_jax.models.tokenizer_files import MAX_ID, Panic, guarded, wrong
 
-MASK_TOKEN = "<|mdm_mask|>"
+MASK_TOKEN = families.FAMILIES["llada"].mask_token
 END_TOKEN = "<|endoftext|>"
 
 # Copied along by `save`, so that other programs find the folder complete.
 TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "special_tokens_map.json",
-  "chat_template.jinja",
-  "added_tokens.json",
-  "vocab.json",
-  "merges.txt",
-)
-
-# Names under which released checkpoints store their mask token when
-# tokenizer_config.json does not name one (LLaDA's does not).
-_MASK_NAMES = (MASK_TOKEN, "<|mask|>", "[MASK]")
-
-# Roles of special tokens; other keys that end in _token are switches.
-_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
-
-_MAX_ID = 2**31 - 1  # ids are int32 in arrays
-
-# How often longer the rules of a tokenizer may make a text: real ones stay
-# below 100, and a handful of replacements that double it would fill memory.
-_MAX_GROWTH = 2**12
-
-# Loading the largest vocabularies takes a second; a busy machine gets its time.
-_TRIAL = workers.Limits(time_s=60.0, memory_bytes=4 << 30)
-
-# What prompts look like, and runs on which expressions go back and forth.
-_SAMPLES = (
-  "The answer to 25+56-11=92 is:\n\n <answer>\\boxed{3/4}</answer>\t\u2581",
-  "Gr\u00f6\u00dfe \u6570\u5b66 \u0e01\u0e33 e\u0301 \U0001f600 \ufb01",
-  *(f"{character * 500}!" for character in "a1 -=\n\u4e00"),
-)
-
-# How Qwen2's tokenizer cuts text before byte-level BPE.
-_QWEN2_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
-  r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+  "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+  "chat_template.jinja", "added_tokens.json", "vocab.json", "merges.txt",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +77,7 @@ class Tokenizer:
     from etils import epath
 
     folder = epath.Path(folder)
-    files, left_out = hf_folder.read_companions(folder, TOKENIZER_FILES)
+    files, left_out = model_folder.read_companions(folder, TOKENIZER_FILES)
     if not _is_complete(files):
       if _is_complete([*files, *left_out]):
         raise CheckpointError(
@@ -124,9 +87,9 @@ class Tokenizer:
         )
       return None
     if config is None and (folder / "config.json").exists():
-      content = hf_folder.read_small(folder / "config.json")
-      config = _read_json(f"{folder}/config.json", content)
-    _try_out(files, str(folder))
+      content = model_folder.read_small(folder / "config.json")
+      config = model_folder.parse_json(content, f"{folder}/config.json")
+    tokenizer_files.try_out(files, str(folder))
     return cls.from_files(files, config or {}, where=str(folder))
 
   @classmethod
@@ -140,18 +103,14 @@ class Tokenizer:
       config: the checkpoint's config.json, {} where there is none.
       where: the folder's name, for messages.
     """
-    options = _json_of(files, "tokenizer_config.json", where)
-    special = _special_tokens(files, options, where)
-    backend = _backend(files, options, special, where)
+    backend, options, special = tokenizer_files.read(files, where)
     ids = {
-      role: _resolve_id(role, backend, special, config, where)
+      f"{role}_id": _resolve_id(role, backend, special, config, where)
       for role in ("mask", "eos", "pad")
     }
     return cls(
       backend=backend,
-      mask_id=ids["mask"],
-      eos_id=ids["eos"],
-      pad_id=ids["pad"],
+      **ids,
       template=_template(files, options, where),
       special_by_role=special,
       files=dict(files),
@@ -174,9 +133,9 @@ class Tokenizer:
       )
     try:
       encode = functools.partial(self.backend.encode, add_special_tokens=False)
-      return _guarded(encode, text).ids
+      return guarded(encode, text).ids
     except Exception as error:  # the library raises bare Exceptions
-      piece = None if isinstance(error, _Panic) else self._unknown_piece(text)
+      piece = None if isinstance(error, Panic) else self._unknown_piece(text)
       if piece is None:
         raise ValueError(
           f"cannot encode {text!r:.80}: {error!s:.300}"
@@ -199,9 +158,9 @@ class Tokenizer:
     """
     ids = [int(i) for i in ids]
     for i in ids:
-      if not 0 <= i <= _MAX_ID:
-        raise ValueError(f"decode wants ids from 0 to {_MAX_ID}, got {i}.")
-    return _guarded(self.backend.decode, ids, skip_special)
+      if not 0 <= i <= MAX_ID:
+        raise ValueError(f"decode wants ids from 0 to {MAX_ID}, got {i}.")
+    return guarded(self.backend.decode, ids, skip_special)
 
   def chat(
     self,
@@ -328,309 +287,17 @@ def _is_complete(names) -> bool:
   return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= set(names)
 
 
-class _Panic(ValueError):
-  """The library broke down where it should have raised an error."""
-
-
-def _guarded(function: Callable, *arguments):
-  """Calls the library; what it raises is an Exception, even when it panics."""
-  try:
-    return function(*arguments)
-  except Exception:
-    raise
-  except BaseException as error:
-    # Not an Exception, and its class cannot be imported.
-    if type(error).__name__ != "PanicException":
-      raise
-    raise _Panic(f"the library `tokenizers` gave up: {error!s:.300}") from error
-
-
-def _try_out(files: Mapping[str, bytes], where: str) -> None:
-  """Builds and uses a tokenizer in a worker, with limits of time and memory.
-
-  Normalizers, expressions and padding rules are programs. One that explodes
-  ends the worker and not the run; errors of other kinds are told where the
-  tokenizer is built in this process.
-
-  Raises:
-    CheckpointError: the worker did not come back.
-  """
-  reason = _trial(tuple(sorted(files.items())))
-  if reason:
-    raise CheckpointError(
-      f"{where}: {' or '.join(sorted(files))} cannot be used: on ordinary text "
-      f"the tokenizer fails ({reason}). Download the files again, or take "
-      "those of the original checkpoint."
-    )
-
-
-@functools.lru_cache(maxsize=8)
-def _trial(files: tuple[tuple[str, bytes], ...]) -> str:
-  """Why a worker failed over these files, empty when it did not."""
-  with tempfile.TemporaryDirectory() as folder:
-    for name, content in files:
-      (pathlib.Path(folder) / name).write_bytes(content)
-    (outcome,) = _worker().map([[folder]])
-  return outcome.reason
-
-
-@functools.lru_cache(maxsize=1)
-def _worker() -> workers.Workers:
-  """The process in which tokenizers are tried out."""
-  target = f"{__name__}:try_here"
-  return workers.Workers(target, count=1, limits=_TRIAL, quiet=True)
-
-
-def try_here(folder: str) -> None:
-  """Builds a tokenizer and puts the samples through it: the worker's part.
-
-  Raises:
-    ValueError: the library gave up.
-  """
-  files = {
-    file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()
-  }
-  try:
-    options = _json_of(files, "tokenizer_config.json", folder)
-    special = _special_tokens(files, options, folder)
-    backend = _backend(files, options, special, folder)
-  except CheckpointError as error:
-    if isinstance(error.__cause__, _Panic):
-      raise
-    return
-  calls = [
-    functools.partial(backend.encode, text, add_special_tokens=False)
-    for text in _SAMPLES
-  ]
-  calls.append(functools.partial(backend.decode, list(range(256)), False))
-  for call in calls:
-    try:
-      _guarded(call)
-    except _Panic:
-      raise
-    except Exception:  # a text that the vocabulary cannot spell
-      continue
-
-
-def _read_json(where: str, content: bytes) -> dict[str, Any]:
-  """Parses a JSON object, or says which file is none."""
-  try:
-    value = json.loads(content)
-  except (ValueError, RecursionError) as error:
-    raise CheckpointError(
-      f"{where}: not valid JSON ({error!s:.300}); download the file again."
-    ) from error
-  if not isinstance(value, dict):
-    raise CheckpointError(
-      f"{where}: a JSON object is expected, got {value!r:.60}."
-    )
-  return value
-
-
-def _json_of(files, name: str, where: str) -> dict[str, Any]:
-  """A JSON file of the tokenizer, {} where there is none."""
-  return _read_json(f"{where}/{name}", files.get(name, b"{}"))
-
-
-def _wrong(where: str, key: str, value, wanted: str) -> CheckpointError:
-  """The error for an entry of another type than it should have."""
-  return CheckpointError(
-    f"{where}: {key}={value!r:.80} is no {wanted}; correct it, or download the "
-    "file again."
-  )
-
-
-def _content(token, where: str, key: str) -> str | None:
-  """Text of a token given as such or as an entry with `content`."""
-  text = token.get("content") if isinstance(token, dict) else token
-  if text is not None and not isinstance(text, str):
-    raise _wrong(where, key, token, "text of a token")
-  return text
-
-
-def _special_tokens(files, options, where) -> dict[str, str]:
-  """Special tokens by role, from both files that may name them."""
-  special = {}
-  for name, source in (
-    (
-      "special_tokens_map.json",
-      _json_of(files, "special_tokens_map.json", where),
-    ),
-    ("tokenizer_config.json", options),
-  ):
-    for role in _ROLES:
-      key = f"{role}_token"
-      token = _content(source.get(key), f"{where}/{name}", key)
-      if token is not None:
-        special[key] = token
-  return special
-
-
-def _special_texts(files, options, special, where) -> set[str]:
-  """All texts that are named as special, with a role or without."""
-  texts = set(special.values()) | set(_MASK_NAMES)
-  token_map = _json_of(files, "special_tokens_map.json", where)
-  for name, source in (
-    ("special_tokens_map.json", token_map),
-    ("tokenizer_config.json", options),
-  ):
-    for key in ("additional_special_tokens", "extra_special_tokens"):
-      tokens = source.get(key) or []
-      if isinstance(tokens, dict):
-        tokens = list(tokens.values())
-      if not isinstance(tokens, list):
-        raise _wrong(f"{where}/{name}", key, tokens, "list of tokens")
-      texts |= {_content(token, f"{where}/{name}", key) for token in tokens}
-  return texts
-
-
-def _backend(files, options, special, where) -> tokenizers.Tokenizer:
-  """The `tokenizers` object of either layout."""
-  if "tokenizer.json" not in files:
-    backend = _byte_level(files, options, special, where)
-  else:
-    try:
-      text = files["tokenizer.json"].decode()
-      backend = _guarded(tokenizers.Tokenizer.from_str, text)
-    except Exception as error:  # the library raises bare Exceptions
-      raise CheckpointError(
-        f"{where}/tokenizer.json is damaged or from a newer version of "
-        f"`tokenizers` ({error!s:.300}); download it again or upgrade `tokenizers`."
-      ) from error
-  # Settings of whoever saved the file last: prompts would lose their ends.
-  backend.no_truncation()
-  backend.no_padding()
-  _check_growth(backend, where)
-  return backend
-
-
-def _byte_level(files, options, special, where) -> tokenizers.Tokenizer:
-  """Byte-level BPE of the Qwen2 kind from vocab.json and merges.txt."""
-  vocabulary = _json_of(files, "vocab.json", where)
-  try:
-    lines = files["merges.txt"].decode().split("\n")
-    merges = [
-      tuple(line.split(" "))
-      for line in lines
-      if line and not line.startswith("#version")
-    ]
-    model = _guarded(models.BPE, vocabulary, merges)
-  except Exception as error:  # the library raises bare Exceptions
-    raise CheckpointError(
-      f"{where}: vocab.json and merges.txt do not fit together ({error!s:.300}); "
-      "download both again."
-    ) from error
-  backend = tokenizers.Tokenizer(model)
-  backend.normalizer = normalizers.NFC()
-  backend.pre_tokenizer = pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(tokenizers.Regex(_QWEN2_SPLIT), "isolated"),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  )
-  backend.decoder = decoders.ByteLevel()
-  for token, added in _added_tokens(files, options, special, where):
-    add = backend.add_special_tokens if added.special else backend.add_tokens
-    _guarded(add, [added])
-    if backend.token_to_id(added.content) != token:
-      raise CheckpointError(
-        f"{where}: the added token {added.content!r:.80} should have id {token}"
-        f" but gets {backend.token_to_id(added.content)}; vocab.json and "
-        "tokenizer_config.json are of different checkpoints."
-      )
-  return backend
-
-
-def _added_tokens(files, options, special, where):
-  """(id, token) of the added tokens in the order of their ids.
-
-  As in transformers, an added token is special where its entry says so or a
-  role names it; added_tokens.json, the older file, has no entries.
-  """
-  named = _special_texts(files, options, special, where)
-  added = {}
-  file = f"{where}/added_tokens.json"
-  for content, token in _json_of(files, "added_tokens.json", where).items():
-    if type(token) is not int or not 0 <= token <= _MAX_ID:
-      raise _wrong(file, content, token, "id")
-    added[token] = {"content": content}
-  file = f"{where}/tokenizer_config.json"
-  entries = options.get("added_tokens_decoder") or {}
-  if not isinstance(entries, dict):
-    raise _wrong(file, "added_tokens_decoder", entries, "object of tokens")
-  for key, entry in entries.items():
-    if not (key.isascii() and key.isdigit() and int(key[:12]) <= _MAX_ID):
-      raise _wrong(file, "added_tokens_decoder", key, "id")
-    if isinstance(entry, str):
-      entry = {"content": entry, "special": True}
-    text = entry.get("content") if isinstance(entry, dict) else None
-    if not isinstance(text, str) or not text:
-      raise _wrong(file, f"added_tokens_decoder.{key}", entry, "token")
-    added[int(key)] = entry
-  result = []
-  for token in sorted(added):
-    entry = added[token]
-    text = entry["content"]
-    marked = {
-      name: _switch(entry, name, f"{file}: added_tokens_decoder.{token}")
-      for name in ("special", "lstrip", "rstrip", "single_word", "normalized")
-    }
-    marked["special"] |= text in named
-    result.append((token, tokenizers.AddedToken(text, **marked)))
-  return result
-
-
-def _switch(entry, name: str, where: str) -> bool:
-  """True or false of an entry, false where it says nothing."""
-  value = entry.get(name, False)
-  if type(value) is not bool:
-    raise _wrong(where, name, value, "true or false")
-  return value
-
-
-def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
-  """Refuses rules that could make a text many times longer.
-
-  What they cost depends on the text, so that no trial can find it.
-  """
-  for part in ("normalizer", "pre_tokenizer", "decoder"):
-    rule = getattr(backend, part)
-    if rule is None:
-      continue
-    growth = _growth(json.loads(rule.__getstate__()))
-    if growth > _MAX_GROWTH:
-      raise CheckpointError(
-        f"{where}: the {part} of the tokenizer could make a text {growth:.3g} "
-        f"times longer, more than the {_MAX_GROWTH} that any real one needs; "
-        "take the tokenizer of the original checkpoint."
-      )
-
-
-def _growth(rule: Mapping[str, Any]) -> float:
-  """How many times longer a rule can make a text, in bytes, at most."""
-  kind = rule["type"]
-  if kind == "Sequence":
-    growth = 1.0
-    for key in ("normalizers", "pretokenizers", "decoders"):
-      for part in rule.get(key, ()):
-        growth = min(growth * _growth(part), 1e300)
-    return growth
-  if kind == "Replace":
-    found = len(rule["pattern"].get("String", "").encode())
-    put = len(rule["content"].encode())
-    return max(1.0, put / found) if found else 1.0 + put
-  if kind == "Prepend":
-    return 1.0 + len(rule["prepend"].encode())
-  # Letters taken apart, bytes written as letters, spaces around characters.
-  return 2.0 if kind in ("ByteLevel", "NFKD", "NFKC", "NFD") else 1.0
-
-
 def _resolve_id(role, backend, special, config, where) -> int:
   """The id of a role: config.json's, checked against the tokenizer's."""
   claimed = special.get(f"{role}_token")
   if claimed is None and role == "mask":
     claimed = next(
-      (n for n in _MASK_NAMES if backend.token_to_id(n) is not None), None
+      (
+        n
+        for n in tokenizer_files.MASK_NAMES
+        if backend.token_to_id(n) is not None
+      ),
+      None,
     )
   own = None if claimed is None else backend.token_to_id(claimed)
   if claimed is not None and own is None:
@@ -643,9 +310,9 @@ def _resolve_id(role, backend, special, config, where) -> int:
   if isinstance(wanted, list):  # generation configs may list several ends
     wanted = own if own in wanted else (wanted[0] if wanted else None)
   if wanted is not None and (
-    type(wanted) is not int or not 0 <= wanted <= _MAX_ID
+    type(wanted) is not int or not 0 <= wanted <= MAX_ID
   ):
-    raise _wrong(f"{where}/config.json", key, config[key], "id")
+    raise wrong(f"{where}/config.json", key, config[key], "id")
   if wanted is None and own is None:
     raise CheckpointError(
       f"{where}: neither config.json ({key}) nor the tokenizer "
@@ -679,7 +346,7 @@ def _template(files, options, where) -> str | None:
     by_name = {}
     for entry in template:
       if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise _wrong(file, "chat_template", entry, "template with a name")
+        raise wrong(file, "chat_template", entry, "template with a name")
       by_name[entry["name"]] = entry.get("template")
     if by_name and "default" not in by_name:
       raise CheckpointError(
@@ -688,5 +355,5 @@ def _template(files, options, where) -> str | None:
       )
     template = by_name.get("default")
   if template is not None and not isinstance(template, str):
-    raise _wrong(file, "chat_template", template, "text")
+    raise wrong(file, "chat_template", template, "text")
   return template

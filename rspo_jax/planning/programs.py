@@ -19,7 +19,6 @@ from flax import linen as nn
 from rspo_jax.algorithm import likelihood
 from rspo_jax.devices import sharding
 from rspo_jax.models import adapters, checkpoints, families, fresh, lora
-from rspo_jax.models.families import published
 from rspo_jax.planning import flops
 from rspo_jax.run import loading
 from rspo_jax.run import program as program_lib
@@ -95,12 +94,12 @@ def model_config(settings: settings_lib.Settings) -> families.ModelConfig:
   if settings.model_folder:
     return checkpoints.load_config(settings.model_folder).config
   if settings.model.published:
-    return published.PUBLISHED[settings.model.published]
+    return families.PUBLISHED[settings.model.published]
   if not settings.supervised:
     raise ValueError(
       "model.path='' and model.published='' name no model to plan for; give "
       "--config.model.path=FOLDER, or --config.model.published="
-      f"{next(iter(published.PUBLISHED))}."
+      f"{next(iter(families.PUBLISHED))}."
     )
   return fresh.new_model(settings.model.new, jax.random.key(0)).config
 

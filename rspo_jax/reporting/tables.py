@@ -53,7 +53,7 @@ def sampler_name(settings) -> str:
   """A sampler as an entry of `eval.samplers` names it.
 
   Args:
-    settings: sampler.SamplerSettings; lengths and temperature are not part of
+    settings: SamplerSettings; lengths and temperature are not part of
       the name.
   """
   parts = [settings.algorithm]
@@ -245,7 +245,7 @@ def d1_document(
     examples: n examples.
     prompts: n texts that the model was given.
     completions: n texts.
-    settings: sampler.SamplerSettings that made them.
+    settings: SamplerSettings that made them.
     model: what was evaluated.
 
   Returns:

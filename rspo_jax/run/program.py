@@ -19,12 +19,12 @@ from rspo_jax import tasks
 from rspo_jax.algorithm import objectives, types, update
 from rspo_jax.algorithm import optimizer as optimizers
 from rspo_jax.devices import sharding
-from rspo_jax.models import checkpoints, families, lora, transformer
+from rspo_jax.models import checkpoints, families, functions, lora, transformer
 from rspo_jax.reporting import transcripts
 from rspo_jax.run import compiled, data, layouts, loading, rollout
 from rspo_jax.run import settings as settings_lib
 from rspo_jax.run.compiled import Compiled, Hook
-from rspo_jax.sampling.sampler_settings import SamplerSettings
+from rspo_jax.sampling.settings import SamplerSettings
 
 _ADAPTER = 0x6C6F7261  # fold of the run's key: the new adapter
 
@@ -313,7 +313,7 @@ class _Maker:
     rollout_mesh = sharding.rollout_mesh(
       self.mesh, settings.mesh.rollout_tensor
     )
-    denoise_fn = _of_weights(transformer.make_denoise_fn(config, rollout_mesh))
+    denoise_fn = _of_weights(functions.make_denoise_fn(config, rollout_mesh))
     rows = sharding.batch_sharding(self.mesh)
     whole = sharding.replicated(self.mesh)
     places = rollout.Completions(rows, rows, rows, rows, whole, whole)
@@ -389,7 +389,7 @@ class _Maker:
 
   def logprob_fn(self, dual: bool = False):
     """What scores rows, of the policy or, `dual`, of both streams."""
-    fn = transformer.make_logprob_fn(self.config, self.mesh, dual=dual)
+    fn = functions.make_logprob_fn(self.config, self.mesh, dual=dual)
     return _of_weights(fn)
 
 

@@ -24,7 +24,8 @@ from flax import struct
 from rspo_jax.algorithm import advantages, likelihood
 from rspo_jax.algorithm.types import RolloutBatch
 from rspo_jax.devices import sharding
-from rspo_jax.sampling import sampler
+from rspo_jax.sampling.denoise import completion_mask, denoise
+from rspo_jax.sampling.settings import SamplerSettings
 from rspo_jax.tasks import base
 
 
@@ -103,7 +104,7 @@ class Outcomes:
 
 def make_rollout(
   denoise_fn: Callable,
-  settings: sampler.SamplerSettings,
+  settings: SamplerSettings,
   group_size: int,
   mask_id: int,
   eos_id: int,
@@ -120,7 +121,7 @@ def make_rollout(
     mask = jnp.repeat(prompt_mask, group_size, axis=0)
     canvas = jnp.pad(prompts, ((0, 0), (0, length)), constant_values=mask_id)
     mask = jnp.pad(mask, ((0, 0), (0, length)), constant_values=True)
-    out = sampler.denoise(
+    out = denoise(
       denoise_fn,
       params,
       canvas,
@@ -134,7 +135,7 @@ def make_rollout(
     return Completions(
       tokens=out.tokens,
       token_mask=mask,
-      completion_mask=sampler.completion_mask(completion, eos_id),
+      completion_mask=completion_mask(completion, eos_id),
       commit_step=out.commit_step,
       denoiser_calls=out.denoiser_calls,
       forwards=out.forwards,
@@ -145,7 +146,7 @@ def make_rollout(
 
 def make_finish(
   denoise_fn: Callable,
-  settings: sampler.SamplerSettings,
+  settings: SamplerSettings,
   mask_id: int,
   eos_id: int,
 ) -> Callable:
@@ -162,7 +163,7 @@ def make_finish(
       out.commit_step >= forward,
       ((0, 0), (out.tokens.shape[1] - length, 0)),
     )
-    done = sampler.denoise(
+    done = denoise(
       denoise_fn,
       params,
       jnp.where(later, mask_id, out.tokens),
@@ -176,7 +177,7 @@ def make_finish(
     )
     return out.replace(
       tokens=done.tokens,
-      completion_mask=sampler.completion_mask(done.tokens[:, -length:], eos_id),
+      completion_mask=completion_mask(done.tokens[:, -length:], eos_id),
       denoiser_calls=done.denoiser_calls,
       forwards=done.forwards,
     )

@@ -4,7 +4,7 @@ Without JAX, so that options which do not fit together are refused at once.
 """
 
 from rspo_jax.config import schema
-from rspo_jax.sampling.sampler_settings import SamplerSettings, validate
+from rspo_jax.sampling.settings import SamplerSettings, validate
 
 
 def of_rollouts(c: schema.Config) -> SamplerSettings:

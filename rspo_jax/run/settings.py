@@ -23,8 +23,8 @@ from rspo_jax.config import keys, schema
 from rspo_jax.devices import sharding, workers
 from rspo_jax.models import lora
 from rspo_jax.run import rules, samplers
-from rspo_jax.sampling import sampler_settings
-from rspo_jax.sampling.sampler_settings import SamplerSettings
+from rspo_jax.sampling import settings as sampling
+from rspo_jax.sampling.settings import SamplerSettings
 from rspo_jax.tasks import own
 
 
@@ -315,9 +315,9 @@ def _sampler_changes(text: str) -> dict[str, Any]:
   names = {
     name: field
     for field, table in (
-      ("algorithm", sampler_settings.ALGORITHMS),
-      ("remasking", sampler_settings.REMASKING),
-      ("cache", sampler_settings.CACHES),
+      ("algorithm", sampling.ALGORITHMS),
+      ("remasking", sampling.REMASKING),
+      ("cache", sampling.CACHES),
     )
     for name in table
   }
@@ -373,7 +373,7 @@ def _evaluations(c: schema.Config, length: int) -> tuple[Evaluation, ...]:
         changes = _sampler_changes(spec)
         pair = [dataclasses.replace(one, **changes) for one in pair]
         for one in pair:
-          sampler_settings.validate(one)
+          sampling.validate(one)
       except ValueError as error:
         raise ValueError(f"eval.samplers={spec!r}: {error}") from error
     name = "-".join([spec] * bool(specs) + [f"seed{seed}"] * bool(seeds))

@@ -135,7 +135,7 @@ def _left(run: Run, exported: str) -> Iterator[str]:
   report = [
     "python",
     "-m",
-    "rspo_jax.tools.report.report",
+    "rspo_jax.report",
     str(folder),
     "--out=report.html",
   ]
@@ -144,7 +144,7 @@ def _left(run: Run, exported: str) -> Iterator[str]:
     demo = [
       "python",
       "-m",
-      "rspo_jax.tools.demo.demo",
+      "rspo_jax.demo",
       f"--model={folder / 'model'}",
     ]
     yield f"  {shlex.join(demo)}"

@@ -31,9 +31,10 @@ def find(name: str, settings: own.RewardSettings | None = None) -> base.Task:
   elif name in TASKS:
     task = TASKS[name]
   else:
+    hint = names.did_you_mean(name, TASKS)
     raise ValueError(
-      f"task.name={name!r} is not known; "
-      f"{names.did_you_mean(name, TASKS)}choose from {', '.join(sorted(TASKS))}, {gym.PREFIX}NAME for a generator of"
+      f"task.name={name!r} is not known; {hint}choose from"
+      f" {', '.join(sorted(TASKS))}, {gym.PREFIX}NAME for a generator of"
       " reasoning-gym, or module:function for a reward of your own."
     )
   return own.with_extra(task, settings) if settings.extra else task

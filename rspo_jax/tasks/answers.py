@@ -1,8 +1,7 @@
-"""Finds the final answer in a completion and evaluates arithmetic exactly.
+"""Finds the final answer in a completion.
 
-Everything here takes time linear in its input and never runs any of it: tags and
-boxes are found by plain string search (a lazy regular expression is quadratic on
-unclosed tags), arithmetic by a two-stack parser over integer fractions.
+Everything here takes time linear in its input: tags and boxes are found by plain
+string search (a lazy regular expression is quadratic on unclosed tags).
 """
 
 import re
@@ -14,12 +13,6 @@ MAX_CHARACTERS = 65536
 _CUT = "\n\ufffd\n"
 
 _SPECIAL = re.compile(r"<\|[a-z0-9_]{1,32}\|>")
-_MAX_DIGITS = 18
-_MAX_TOKENS = 4096
-
-
-class MalformedError(ValueError):
-  """The text is not an arithmetic expression, or has no value."""
 
 
 def cut(completion: str) -> str:
@@ -108,105 +101,3 @@ def last_boxes(text: str) -> list[str]:
     if content is not None and not text[start:end].endswith(content + "}"):
       break
   return found[::-1]
-
-
-_TOKENS = re.compile(r"[0-9]+|\S")
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "~": 3}
-
-
-def tokens(text: str) -> list[str]:
-  """Splits arithmetic into numbers and single characters.
-
-  Raises:
-    MalformedError: a character that is no digit, operator or parenthesis, a
-      number with a leading zero or more than 18 digits, or over 4,096 tokens.
-  """
-  found = _TOKENS.findall(text)
-  if len(found) > _MAX_TOKENS:
-    raise MalformedError(f"more than {_MAX_TOKENS} tokens")
-  for token in found:
-    if token in "+-*/()":
-      continue
-    if not ("0" <= token[0] <= "9"):
-      raise MalformedError(f"unexpected character {token!a}")
-    if len(token) > _MAX_DIGITS:
-      raise MalformedError(f"a number of {len(token)} digits")
-    if token[0] == "0" and len(token) > 1:
-      raise MalformedError(f"leading zero in {token}")
-  return found
-
-
-def numbers_in(found: list[str]) -> list[int]:
-  """Returns the numbers among tokens, in order."""
-  return [int(token) for token in found if token[0] not in "+-*/()"]
-
-
-def evaluate(found: list[str]) -> tuple[int, int]:
-  """Evaluates tokens with + - * / ( ) and unary signs, exactly.
-
-  Returns:
-    (numerator, denominator), denominator never 0, not reduced.
-
-  Raises:
-    MalformedError: wrong grammar or division by zero.
-  """
-  values: list[tuple[int, int]] = []
-  pending: list[str] = []  # operators and open parentheses; ~ is unary minus
-  operand_next = True
-  for token in found:
-    if token == "(":
-      if not operand_next:
-        raise MalformedError("an operator is missing before (")
-      pending.append(token)
-    elif token == ")":
-      if operand_next:
-        raise MalformedError("a number is missing before )")
-      while pending and pending[-1] != "(":
-        _reduce(values, pending.pop())
-      if not pending:
-        raise MalformedError("unbalanced )")
-      pending.pop()
-    elif token in _PRECEDENCE:
-      if operand_next:
-        if token == "-":
-          pending.append("~")
-        elif token != "+":
-          raise MalformedError(f"a number is missing before {token}")
-        continue
-      rank = _PRECEDENCE[token]
-      while pending and _PRECEDENCE.get(pending[-1], 0) >= rank:
-        _reduce(values, pending.pop())
-      pending.append(token)
-      operand_next = True
-    else:
-      if not operand_next:
-        raise MalformedError(f"an operator is missing before {token}")
-      values.append((int(token), 1))
-      operand_next = False
-  if operand_next:
-    raise MalformedError("a number is missing at the end")
-  while pending:
-    operator = pending.pop()
-    if operator == "(":
-      raise MalformedError("unbalanced (")
-    _reduce(values, operator)
-  return values[0]
-
-
-def _reduce(values: list[tuple[int, int]], operator: str) -> None:
-  """Applies an operator to the top of the value stack."""
-  r, s = values.pop()
-  if operator == "~":
-    values.append((-r, s))
-    return
-  p, q = values.pop()
-  if operator == "+":
-    values.append((p * s + r * q, q * s))
-  elif operator == "-":
-    values.append((p * s - r * q, q * s))
-  elif operator == "*":
-    values.append((p * r, q * s))
-  elif r == 0:
-    raise MalformedError("division by zero")
-  else:
-    values.append((p * s, q * r))

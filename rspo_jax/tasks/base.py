@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rspo_jax.config import schema
+from rspo_jax.config import keys, schema
 
 Example = dict[str, Any]
 
@@ -18,6 +18,8 @@ SPLITS = ("train", "validation", "test")
 # How the reason of a completion begins whose verifier hung, crashed or gave
 # nothing that can be used: it counts as wrong, with reward 0.
 NO_VERDICT = "no verdict: "
+# Part of the reward that a function of the user's adds to any task.
+EXTRA = "extra"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,90 +41,133 @@ class Verdict:
   reason: str
 
 
-@dataclasses.dataclass(frozen=True)
+# What the strict protocol finds in a completion: whether it is correct, the named
+# terms, and why.
+Finding = tuple[bool, dict[str, float], str]
+Pairs = Sequence[tuple[Example, str]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
   """One benchmark.
 
   Attributes:
     name: key in `TASKS`.
-    load: (split, schema.Data) -> random-access sequence of examples.
-    prompt: (example, style) -> text of the prompt.
+    examples: (split, schema.Data) -> random-access sequence of examples.
+    words: (example, style) -> text of the prompt.
     demonstration: example -> the clean compact answer; None where the task has
       no demonstrations.
     corrupt: (example, np.random.Generator) -> a mixed-quality compact answer;
       None where the task has none.
-    verify: (example, completion, protocol="strict", weights=None) -> Verdict;
-      never raises on a completion.
+    strict: (pairs of example and completion) -> what the strict protocol finds
+      in each; never raises on a completion.
+    d1: (example, completion) -> the verdict of the d1 protocol, which knows no
+      weights; None: that of the strict protocol.
+    extra: pairs -> verdicts whose rewards are added, times the weight of the
+      part `EXTRA`; None: none.
     weights: the default weight of each rewarded part.
     styles: names of the prompt templates.
-    verify_all: (pairs of example and completion, protocol, weights) -> their
-      verdicts, where a verifier is faster on many (it has worker processes);
-      None: `verify` one by one.
     difficulty: example -> name of its class, by which accuracies are split, or
       None where it says nothing; None where the task knows no classes.
   """
 
   name: str
-  load: Callable[[str, schema.Data], Sequence[Example]]
-  prompt: Callable[[Example, str], str]
-  demonstration: Callable[[Example], str] | None
-  corrupt: Callable[[Example, Any], str] | None
-  verify: Callable[..., Verdict]
+  examples: Callable[[str, schema.Data], Sequence[Example]]
+  words: Callable[[Example, str], str]
+  strict: Callable[[Pairs], list[Finding]]
   weights: Mapping[str, float]
-  styles: tuple[str, ...] = ("compact",)
-  verify_all: Callable[..., list[Verdict]] | None = None
+  styles: tuple[str, ...]
+  demonstration: Callable[[Example], str] | None = None
+  corrupt: Callable[[Example, Any], str] | None = None
+  d1: Callable[[Example, str], Verdict] | None = None
+  extra: Callable[[Pairs], list[Verdict]] | None = None
   difficulty: Callable[[Example], str | None] | None = None
+
+  def load(self, split: str, data: schema.Data) -> Sequence[Example]:
+    """Loads a split of the task's data, or of `data.source`."""
+    keys.one_of("split", split, SPLITS)
+    return self.examples(split, data)
+
+  def prompt(self, example: Example, style: str) -> str:
+    """Returns the text of the user's turn."""
+    keys.one_of("prompt style", style, self.styles)
+    return self.words(example, style)
+
+  def verify(
+    self,
+    example: Example,
+    completion: str,
+    protocol: str = "strict",
+    weights: Mapping[str, float] | None = None,
+  ) -> Verdict:
+    """Judges one completion; `judge` is faster on many."""
+    return self.judge([(example, completion)], protocol, weights)[0]
 
   def judge(
     self,
-    pairs: Sequence[tuple[Example, str]],
+    pairs: Pairs,
     protocol: str = "strict",
     weights: Mapping[str, float] | None = None,
   ) -> list[Verdict]:
-    """Returns the verdicts of pairs of example and completion."""
-    if self.verify_all is not None:
-      return self.verify_all(pairs, protocol, weights)
+    """Returns the verdicts of pairs of example and completion.
+
+    Args:
+      pairs: any text as completion.
+      protocol: one of PROTOCOLS.
+      weights: of parts, in place of the task's own.
+    """
+    if protocol not in PROTOCOLS:
+      keys.one_of("protocol", protocol, PROTOCOLS)
+    all_weights = self._weights(weights)
+    if protocol == "d1" and self.d1 is not None:
+      verdicts = [self.d1(*pair) for pair in pairs]
+    else:
+      verdicts = []
+      rewarded = [item for item in all_weights.items() if item[0] != EXTRA]
+      for correct, parts, reason in self.strict(pairs):
+        reward = sum(weight * parts.get(part, 0.0) for part, weight in rewarded)
+        verdicts.append(Verdict(reward, correct, parts, reason))
+    if self.extra is None:
+      return verdicts
     return [
-      self.verify(example, completion, protocol, weights)
-      for example, completion in pairs
+      Verdict(
+        own.reward + all_weights[EXTRA] * more.reward,
+        own.correct,
+        own.parts | {EXTRA: more.reward},
+        f"{own.reason}; {EXTRA}: {more.reason}",
+      )
+      for own, more in zip(verdicts, self.extra(pairs), strict=True)
     ]
 
-
-def resolve_weights(
-  defaults: Mapping[str, float], weights: Mapping[str, float] | None
-) -> Mapping[str, float]:
-  """Returns the defaults overridden by `weights`, whose keys must be known."""
-  if weights is None:
-    return defaults
-  unknown = sorted(set(weights) - set(defaults))
-  if unknown:
-    raise ValueError(
-      f"reward weight for unknown part {unknown[0]!r}; this task has the parts"
-      f" {', '.join(defaults)}."
-    )
-  return {**defaults, **weights}
+  def _weights(self, weights) -> Mapping[str, float]:
+    """The task's weights with others in their place; parts must be known."""
+    if weights is None:
+      return self.weights
+    unknown = sorted(set(weights) - set(self.weights))
+    if unknown:
+      raise ValueError(
+        f"reward weight for unknown part {unknown[0]!r}; this task has the"
+        f" parts {', '.join(self.weights)}."
+      )
+    return {**self.weights, **weights}
 
 
-def check_protocol(protocol: str) -> None:
-  """Raises ValueError unless `protocol` is one of PROTOCOLS."""
-  if protocol not in PROTOCOLS:
-    raise ValueError(
-      f"protocol={protocol!r} is not known; use one of {', '.join(PROTOCOLS)}."
-    )
+class Examples(Sequence):
+  """Columns of generated data as a random-access sequence of examples.
 
+  Args:
+    columns: arrays of one length.
+    make: (one value of each column) -> example.
+  """
 
-def check_split(split: str) -> None:
-  """Raises ValueError unless `split` is one of SPLITS."""
-  if split not in SPLITS:
-    raise ValueError(
-      f"split={split!r} does not exist; use one of {', '.join(SPLITS)}."
-    )
+  def __init__(self, columns: Mapping[str, Any], make: Callable[..., Example]):
+    self._columns = tuple(columns.values())
+    self._make = make
 
+  def __len__(self) -> int:
+    return len(self._columns[0])
 
-def check_style(style: str, styles: Sequence[str]) -> None:
-  """Raises ValueError unless the task has a prompt template of that name."""
-  if style not in styles:
-    raise ValueError(
-      f"prompt style {style!r} is not known to this task; use one of"
-      f" {', '.join(styles)}."
-    )
+  def __getitem__(self, index):
+    if isinstance(index, slice):
+      return [self[i] for i in range(*index.indices(len(self)))]
+    return self._make(*(column[index] for column in self._columns))

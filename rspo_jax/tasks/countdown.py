@@ -7,25 +7,20 @@ over + - * / and parentheses in the given numbers, optionally followed by
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rspo_jax.config import schema
 from rspo_jax.datasets import countdown as generator
 from rspo_jax.datasets import files
-from rspo_jax.tasks import answers, base, d1, prompts
+from rspo_jax.tasks import answers, arithmetic, base, d1, prompts
 
 WEIGHTS = {"correct": 0.9, "numbers": 0.1}
 STYLES = ("compact", *prompts.STYLES)
 
 _LATEX = {
-  "\\times": "*",
-  "\\cdot": "*",
-  "\\ast": "*",
-  "\\div": "/",
-  "\\left": "",
-  "\\right": "",
-  "\\,": "",
-}
+  "\\times": "*", "\\cdot": "*", "\\ast": "*", "\\div": "/", "\\left": "",
+  "\\right": "", "\\,": "",
+}  # fmt: skip
 _SIGNS = str.maketrans(
   {
     **dict.fromkeys(
@@ -47,7 +42,6 @@ _MAX_TARGET_DIGITS = 40
 
 def prompt(example: base.Example, style: str) -> str:
   """Returns the user's text: `12,34,56=78` in the compact style."""
-  base.check_style(style, STYLES)
   numbers, target = example["ground_truth"]
   if style != "compact":
     return prompts.countdown(numbers, target, style)
@@ -107,89 +101,53 @@ def _plain(text: str) -> str:
   return text
 
 
-def _verdict(parts, weights, reason) -> base.Verdict:
-  reward = sum(weights[name] * value for name, value in parts.items())
-  return base.Verdict(reward, parts["correct"] == 1.0, parts, reason)
-
-
-def verify(
-  example: base.Example,
-  completion: str,
-  protocol: str = "strict",
-  weights: Mapping[str, float] | None = None,
-) -> base.Verdict:
-  """Judges one completion.
-
-  Args:
-    example: with `ground_truth` [[numbers], target].
-    completion: any text.
-    protocol: strict, or d1 for the verdicts and rewards of `d1`, which know no
-      weights.
-    weights: of the parts `correct` and `numbers`; the default gives 1.0 when
-      correct, 0.1 for a well-formed expression in exactly the given numbers
-      that misses the target, 0 otherwise.
+def strict(pairs: base.Pairs) -> list[base.Finding]:
+  """Judges completions by examples with `ground_truth` [[numbers], target].
 
   Returns:
-    Verdict with parts `correct` and `numbers`.
+    Findings with parts `correct` and `numbers`: the default weights give 1.0
+    when correct, 0.1 for a well-formed expression in exactly the given numbers
+    that misses the target, 0 otherwise.
   """
-  base.check_protocol(protocol)
-  if protocol == "d1":
-    return d1.countdown(example, completion)
-  weights = base.resolve_weights(WEIGHTS, weights)
+  findings = []
+  for example, completion in pairs:
+    numbers, correct, reason = _read(example, completion)
+    parts = {"correct": float(correct), "numbers": float(numbers)}
+    findings.append((correct, parts, reason))
+  return findings
+
+
+def _read(example: base.Example, completion: str) -> tuple[bool, bool, str]:
+  """Whether an expression has the right numbers, is right, and why."""
   numbers, target = example["ground_truth"]
   text = _plain(_final_answer(answers.clip(completion)))
   try:
     left, equals, right = text.partition("=")
-    found = answers.tokens(left)
-    used = answers.numbers_in(found)
+    found = arithmetic.tokens(left)
+    used = arithmetic.numbers_in(found)
     if sorted(used) != sorted(numbers):
-      return _verdict(
-        {"correct": 0.0, "numbers": 0.0},
-        weights,
-        f"uses {used[:8] or 'no numbers'}, not each of {list(numbers)} once",
-      )
-    numerator, denominator = answers.evaluate(found)
-  except answers.MalformedError as error:
-    return _verdict(
-      {"correct": 0.0, "numbers": 0.0}, weights, f"no expression: {error}"
-    )
+      used = used[:8] or "no numbers"
+      return False, False, f"uses {used}, not each of {list(numbers)} once"
+    numerator, denominator = arithmetic.evaluate(found)
+  except arithmetic.MalformedError as error:
+    return False, False, f"no expression: {error}"
   value = str(numerator // denominator)
   if numerator % denominator:
     value = f"{numerator}/{denominator}"
   if numerator != target * denominator:
-    return _verdict(
-      {"correct": 0.0, "numbers": 1.0}, weights, f"gives {value}, not {target}"
-    )
-  if equals and right.strip().removesuffix(".").rstrip() != str(target):
-    return _verdict(
-      {"correct": 0.0, "numbers": 1.0},
-      weights,
-      f"claims to give {right.strip()[:20]!a}, not {target}",
-    )
-  return _verdict({"correct": 1.0, "numbers": 1.0}, weights, f"gives {value}")
+    return True, False, f"gives {value}, not {target}"
+  right = right.strip()
+  if equals and right.removesuffix(".").rstrip() != str(target):
+    return True, False, f"claims to give {right[:20]!a}, not {target}"
+  return True, True, f"gives {value}"
 
 
-class Examples(Sequence):
-  """Columns of generated problems as a random-access sequence of examples."""
-
-  def __init__(self, columns):
-    self.numbers = columns["numbers"]  # i32 [n, 3]
-    self.target = columns["target"]  # i32 [n]
-    self.solution = columns["solution"]  # byte strings [n]
-
-  def __len__(self) -> int:
-    return len(self.target)
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    return {
-      "ground_truth": [
-        self.numbers[index].tolist(),
-        int(self.target[index]),
-      ],
-      "solution": self.solution[index].decode(),
-    }
+def example_of(numbers, target, solution: bytes) -> base.Example:
+  """The example of one row of the generated columns."""
+  return {
+    "ground_truth": [numbers.tolist(), int(target)],
+    "solution": solution.decode(),
+  }
 
 
 def parse_row(row) -> base.Example:
@@ -215,7 +173,7 @@ def parse_row(row) -> base.Example:
   example = {"ground_truth": [numbers, target]}
   solution = row.get("solution", row.get("one_solution"))
   if solution is not None:
-    if not verify(example, str(solution)).correct:
+    if not _read(example, str(solution))[1]:
       raise ValueError(
         f"the solution {solution!r} does not give {target} from {numbers}."
       )
@@ -237,18 +195,16 @@ def _whole(value, digits: int) -> int:
   return value
 
 
-def load(split: str, settings: schema.Data) -> Sequence[base.Example]:
-  """Loads a split of the generated data, or of `settings.source`."""
-  base.check_split(split)
-  if settings.source:
-    return files.load_split(settings.source, split, parse_row)
+def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
+  """A split of the generated data, or of `data.source`."""
+  if data.source:
+    return files.load_split(data.source, split, parse_row)
   from rspo_jax.datasets import builders
 
-  return Examples(
-    builders.load_columns(
-      "countdown", split, settings.size, settings.seed, settings.dir
-    )
+  columns = builders.load_columns(
+    "countdown", split, data.size, data.seed, data.dir
   )
+  return base.Examples(columns, example_of)
 
 
 def difficulty(example: base.Example) -> str:
@@ -261,13 +217,7 @@ def difficulty(example: base.Example) -> str:
 
 
 TASK = base.Task(
-  "countdown",
-  load,
-  prompt,
-  demonstration,
-  corrupt,
-  verify,
-  WEIGHTS,
-  STYLES,
-  difficulty=difficulty,
-)
+  name="countdown", examples=examples, words=prompt,
+  demonstration=demonstration, corrupt=corrupt, strict=strict, d1=d1.countdown,
+  weights=WEIGHTS, styles=STYLES, difficulty=difficulty,
+)  # fmt: skip

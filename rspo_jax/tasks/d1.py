@@ -22,14 +22,11 @@ Rewards are computed on the text as given. That code strips special tokens when
 it decodes, so callers who hold raw text strip them first.
 """
 
-import operator
 import re
 
-from rspo_jax.tasks import answers, base
+from rspo_jax.tasks import answers, arithmetic, base
 
 _TOLERANCE = 1e-5
-_MAX_POWER_BITS = 4096  # beyond it a power is taken to miss any target
-_MAX_DEPTH = 200  # of parentheses; deeper ones are a syntax error in Python
 
 _OPENING, _CLOSING = "<answer>", "</answer>"
 _ENDS = ("<|eot_id|>", "<|endoftext|>")
@@ -98,113 +95,6 @@ def _same_numbers(text: str, numbers) -> bool:
     return False
 
 
-_ALLOWED = re.compile(r"[\d+\-*/().\s]+\n?\Z")
-_TOKEN = re.compile(
-  r"\*\*|//|[-+*/()]|[0-9]+\.?[0-9]*|\.[0-9]+|[ \t\f]+|[\r\n]+|.", re.DOTALL
-)
-_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "//": 2, "neg": 3, "pos": 3}
-_PRECEDENCE["**"] = 4
-_BINARY = {
-  "+": operator.add,
-  "-": operator.sub,
-  "*": operator.mul,
-  "/": operator.truediv,
-  "//": operator.floordiv,
-}
-
-
-def python_value(text: str):
-  """Evaluates arithmetic as Python would, without letting it run anything.
-
-  Args:
-    text: an expression over numbers, + - * / // ** and parentheses.
-
-  Returns:
-    int, float or complex; None where Python would raise, and where a power
-    would be too large to compute.
-  """
-  if not _ALLOWED.match(text):
-    return None
-  values, pending = [], []
-  operand_next, depth = True, 0
-  try:
-    for match in _TOKEN.finditer(text.strip()):
-      token = match.group()
-      first = token[0]
-      if first in " \t\f" or (first in "\r\n" and depth):
-        continue
-      if first.isascii() and (first.isdigit() or token[1:].isdigit()):
-        if not operand_next:
-          return None
-        values.append(_number(token))
-        operand_next = False
-      elif token == "(":
-        if not operand_next:
-          return None
-        pending.append(token)
-        depth += 1
-        if depth > _MAX_DEPTH:
-          return None
-      elif token == ")":
-        if operand_next or not depth:
-          return None
-        while pending[-1] != "(":
-          _apply(values, pending.pop())
-        pending.pop()
-        depth -= 1
-      elif token not in _PRECEDENCE and token != "**":
-        return None
-      elif operand_next:
-        if token not in "+-":
-          return None
-        pending.append("neg" if token == "-" else "pos")
-      else:
-        rank = _PRECEDENCE[token]
-        floor = rank + 1 if token == "**" else rank
-        while pending and _PRECEDENCE.get(pending[-1], 0) >= floor:
-          _apply(values, pending.pop())
-        pending.append(token)
-        operand_next = True
-    if operand_next or depth:
-      return None
-    while pending:
-      _apply(values, pending.pop())
-  except (ArithmeticError, TypeError, ValueError):
-    return None
-  return values[0]
-
-
-def _number(token: str):
-  """Reads a literal; an integer with leading zeros is none."""
-  if "." in token:
-    return float(token)
-  if token[0] == "0" and token.strip("0"):
-    raise ValueError(token)
-  return int(token)
-
-
-def _apply(values: list, name: str) -> None:
-  """Applies an operator to the top of the value stack."""
-  right = values.pop()
-  if name == "neg":
-    values.append(-right)
-  elif name == "pos":
-    values.append(+right)
-  elif name == "**":
-    values.append(_power(values.pop(), right))
-  else:
-    values.append(_BINARY[name](values.pop(), right))
-
-
-def _power(base_value, exponent):
-  """Raises to a power; OverflowError where the result would be huge."""
-  if isinstance(base_value, int) and isinstance(exponent, int):
-    bits = max(1, base_value.bit_length())
-    if abs(exponent) * bits > _MAX_POWER_BITS and abs(base_value) > 1:
-      raise OverflowError("power too large")
-  return base_value**exponent
-
-
 def _on_target(value, target) -> bool:
   if value is None:
     return False
@@ -232,7 +122,7 @@ def countdown(example: base.Example, completion: str) -> base.Verdict:
     equation = equation.replace(latex, plain)
   equation = _left_side(equation)
   correct = _same_numbers(equation, numbers) and _on_target(
-    python_value(equation), target
+    arithmetic.python_value(equation), target
   )
 
   tagged = last_tag(text)
@@ -241,7 +131,7 @@ def countdown(example: base.Example, completion: str) -> base.Verdict:
   else:
     tagged = tagged.strip()
     hit = _same_numbers(tagged, numbers) and _on_target(
-      python_value(tagged), target
+      arithmetic.python_value(tagged), target
     )
     reward = 1.0 if hit else 0.1
   parts = {"correct": float(correct), "countdown": reward}
@@ -255,13 +145,7 @@ _WORD = re.compile(r"\b(\d{16})\b")
 
 def sudoku_answer(text: str) -> str:
   """Finds the grid as the evaluation script does: five patterns in turn."""
-  for find in (
-    _fenced,
-    _to_end_of_tag,
-    _after_tag,
-    _before_closing,
-    _word,
-  ):
+  for find in (_fenced, _to_end_of_tag, _after_tag, _before_closing, _word):
     found = find(text)
     if found:
       return "".join(found.split())

@@ -14,11 +14,11 @@ import contextlib
 import fractions
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rspo_jax.config import schema
 from rspo_jax.datasets import downloads, files
-from rspo_jax.tasks import answers, base, d1, latex, prompts
+from rspo_jax.tasks import answers, base, d1, latex, plain_latex, prompts
 
 WEIGHTS = {"correct": 1.0, "format": 0.0}
 STYLES = ("compact", *prompts.STYLES)
@@ -52,48 +52,16 @@ _WORDS = re.compile(r"(?<!\\)\b[A-Za-z]+")
 # Words that make another number of a number, which no unit does.
 _OPERATORS = frozenset(
   [
-    "pi",
-    "sqrt",
-    "root",
-    "cbrt",
-    "log",
-    "ln",
-    "exp",
-    "sin",
-    "cos",
-    "tan",
-    "abs",
-    "floor",
-    "ceil",
-    "round",
-    "max",
-    "min",
-    "mod",
-    "minus",
-    "negative",
-    "plus",
-    "times",
-    "divided",
-    "multiplied",
-    "half",
-    "halves",
-    "twice",
-    "double",
-    "triple",
-    "factorial",
-    "not",
-    "than",
+    "pi", "sqrt", "root", "cbrt", "log", "ln", "exp", "sin", "cos", "tan",
+    "abs", "floor", "ceil", "round", "max", "min", "mod", "minus", "negative",
+    "plus", "times", "divided", "multiplied", "half", "halves", "twice",
+    "double", "triple", "factorial", "not", "than",
   ]
-)
+)  # fmt: skip
 _POWERS = frozenset(("squared", "cubed", "factorial"))  # right behind a number
 _LETTERS = frozenset("mgLlshdCFJNWVAtca")  # units of one letter, and "a day"
-_SCALES = {
-  "hundred": 100,
-  "thousand": 10**3,
-  "million": 10**6,
-  "billion": 10**9,
-  "trillion": 10**12,
-}
+_SCALES = {"hundred": 100, "thousand": 10**3, "million": 10**6,
+           "billion": 10**9, "trillion": 10**12}  # fmt: skip
 
 
 def parse_number(text: str) -> fractions.Fraction | None:
@@ -104,11 +72,11 @@ def parse_number(text: str) -> fractions.Fraction | None:
   """
   if len(text) > _MAX_ANSWER:
     return None
-  text = latex.plain(_CURRENCY.sub("", text)).rpartition("=")[2].strip()
+  text = plain_latex.plain(_CURRENCY.sub("", text)).rpartition("=")[2].strip()
   found = latex.number(text)
   if found is not None:
     return found.value
-  text = latex.unwrapped(text)
+  text = plain_latex.unwrapped(text)
   parts = latex.parted(text)
   if parts is None:
     return None
@@ -179,46 +147,31 @@ def final_answer(text: str) -> str | None:
   return stripped if _ALONE.fullmatch(stripped) else None
 
 
-def verify(
-  example: base.Example,
-  completion: str,
-  protocol: str = "strict",
-  weights: Mapping[str, float] | None = None,
-) -> base.Verdict:
-  """Judges one completion.
-
-  Args:
-    example: with `answer_string` or `ground_truth`, a number.
-    completion: any text.
-    protocol: strict, or d1 for the verdicts and rewards of `d1`, which know no
-      weights.
-    weights: of the parts `correct` and `format` (the answer names one number).
+def strict(pairs: base.Pairs) -> list[base.Finding]:
+  """Judges completions by examples with `answer_string` or `ground_truth`.
 
   Returns:
-    Verdict with parts `correct` and `format`.
+    Findings with parts `correct` and `format` (the answer names one number).
   """
-  base.check_protocol(protocol)
-  if protocol == "d1":
-    return d1.gsm8k(example, completion)
-  weights = base.resolve_weights(WEIGHTS, weights)
+  return [_judged(*pair) for pair in pairs]
+
+
+def _judged(example: base.Example, completion: str) -> base.Finding:
   answer = final_answer(answers.clip(completion))
-  if answer is None:
-    found, reason = None, "no final answer"
-  else:
-    lines = answer.strip().split("\n", 1)
-    found = parse_number(lines[0])
-    reason = f"reads {found}" if found is not None else (
-      f"not one number: {lines[0][:40]!a}"
-    )  # fmt: skip
+  found, reason = None, "no final answer"
+  if answer is not None:
+    line = answer.strip().split("\n", 1)[0]
+    found = parse_number(line)
+    reason = f"not one number: {line[:40]!a}"
+  if found is not None:
+    reason = f"reads {found}"
   correct = found is not None and found == gold(example)
   parts = {"correct": float(correct), "format": float(found is not None)}
-  reward = sum(weights[name] * value for name, value in parts.items())
-  return base.Verdict(reward, correct, parts, reason)
+  return correct, parts, reason
 
 
 def prompt(example: base.Example, style: str) -> str:
   """Returns the user's text; the question alone in the compact style."""
-  base.check_style(style, STYLES)
   if style == "compact":
     return example["question"]
   return prompts.word_problem(example["question"], style)
@@ -239,13 +192,10 @@ def parse_row(row) -> base.Example:
   return example
 
 
-def load(split: str, settings: schema.Data) -> Sequence[base.Example]:
-  """Loads a split of `settings.source`, or of the published files."""
-  base.check_split(split)
-  if not settings.source:
-    path = downloads.fetch("gsm8k", split, settings.dir)
-    return files.load_split(str(path), split, parse_row)
-  return files.load_split(settings.source, split, parse_row)
+def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
+  """A split of `data.source`, or of the published files."""
+  source = data.source or str(downloads.fetch("gsm8k", split, data.dir))
+  return files.load_split(source, split, parse_row)
 
 
 def difficulty(example: base.Example) -> str | None:
@@ -257,13 +207,6 @@ def difficulty(example: base.Example) -> str | None:
 
 
 TASK = base.Task(
-  "gsm8k",
-  load,
-  prompt,
-  None,
-  None,
-  verify,
-  WEIGHTS,
-  STYLES,
-  difficulty=difficulty,
-)
+  name="gsm8k", examples=examples, words=prompt, strict=strict, d1=d1.gsm8k,
+  weights=WEIGHTS, styles=STYLES, difficulty=difficulty,
+)  # fmt: skip

@@ -22,9 +22,9 @@ import json
 import pathlib
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from rspo_jax.config import names, schema
+from rspo_jax.config import keys, names, schema
 from rspo_jax.datasets import files
 from rspo_jax.devices import workers
 from rspo_jax.storage import files as storage_files
@@ -44,9 +44,8 @@ _CORRECT = 1.0 - 1e-9
 _REMEDY = "pip install -r requirements-gym.txt"
 
 
-@functools.cache
 def _pool(count: int, limits: workers.Limits) -> workers.Workers:
-  return workers.Workers(_TARGET, count, limits, quiet=True)
+  return workers.pool(_TARGET, count, limits, quiet=True)
 
 
 def _map(pool: workers.Workers, calls: Sequence[tuple]):
@@ -244,7 +243,7 @@ def final_answer(text: str) -> str:
   return text.strip()
 
 
-def _verdict(answer: str, outcome: workers.Outcome, weights) -> base.Verdict:
+def _finding(answer: str, outcome: workers.Outcome) -> base.Finding:
   """Reads what a scorer returned."""
   parts = {"score": 0.0, "format": float(bool(answer))}
   reason = f"scored {answer[:40]!a}"
@@ -256,8 +255,7 @@ def _verdict(answer: str, outcome: workers.Outcome, weights) -> base.Verdict:
       reason = f"no answer to its scorer ({failure}): {answer[:40]!a}"
     # Neither more than all of it nor less than nothing; nan is nothing.
     parts["score"] = min(score, 1.0) if score > 0 else 0.0
-  reward = sum(weights[part] * value for part, value in parts.items())
-  return base.Verdict(reward, parts["score"] >= _CORRECT, parts, reason)
+  return parts["score"] >= _CORRECT, parts, reason
 
 
 def make_task(name: str, settings: own.RewardSettings) -> base.Task:
@@ -272,65 +270,42 @@ def make_task(name: str, settings: own.RewardSettings) -> base.Task:
   """
   generator, options = parse(name)
 
-  def load(split: str, data: schema.Data) -> Sequence[base.Example]:
-    base.check_split(split)
+  def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
     if data.source:
       raise ValueError(
         f"data.source={data.source!r} has no meaning with task.name={name},"
         " which makes its own data; leave it empty."
       )
-    if data.size not in ENTRIES:
-      raise ValueError(
-        f"data.size={data.size!r} does not exist; use one of"
-        f" {', '.join(ENTRIES)}."
-      )
-    return _examples(
-      generator,
-      options,
-      data.seed,
-      ENTRIES[data.size],
-      data.dir,
-      settings.processes,
-    )[split]
+    keys.one_of("data.size", data.size, ENTRIES)
+    size, count = ENTRIES[data.size], settings.processes
+    made = _examples(generator, options, data.seed, size, data.dir, count)
+    return made[split]
 
-  def verify_all(
-    pairs: Sequence[tuple[base.Example, str]],
-    protocol: str = "strict",
-    weights: Mapping[str, float] | None = None,
-  ) -> list[base.Verdict]:
-    base.check_protocol(protocol)
-    weights = base.resolve_weights(WEIGHTS, weights)
-    found = [final_answer(answers.clip(text)) for _, text in pairs]
+  def strict(pairs: base.Pairs) -> list[base.Finding]:
     # Half a surrogate pair is nothing that a scorer should have to expect.
-    found = [text.encode("utf-8", "replace").decode() for text in found]
-    outcomes = _map(
-      _pool(settings.processes, settings.limits),
-      [
-        (
-          "score",
-          *example["entry"],
-          zlib.crc32(example["prompt"].encode()),
-          answer,
-        )
-        for (example, _), answer in zip(pairs, found, strict=True)
-      ],
-    )
-    return [
-      _verdict(answer, outcome, weights)
-      for answer, outcome in zip(found, outcomes, strict=True)
+    found = [
+      final_answer(answers.clip(text)).encode("utf-8", "replace").decode()
+      for _, text in pairs
     ]
-
-  def verify(example, completion, protocol="strict", weights=None):
-    return verify_all([(example, completion)], protocol, weights)[0]
+    calls = [
+      (
+        "score",
+        *example["entry"],
+        zlib.crc32(example["prompt"].encode()),
+        answer,
+      )
+      for (example, _), answer in zip(pairs, found, strict=True)
+    ]
+    outcomes = _map(_pool(settings.processes, settings.limits), calls)
+    return list(map(_finding, found, outcomes))
 
   return base.Task(
-    name,
-    load,
-    prompt,
-    demonstration,
-    corrupt,
-    verify,
-    WEIGHTS,
-    own.STYLES,
-    verify_all=verify_all,
+    name=name,
+    examples=examples,
+    words=prompt,
+    demonstration=demonstration,
+    corrupt=corrupt,
+    strict=strict,
+    weights=WEIGHTS,
+    styles=own.STYLES,
   )

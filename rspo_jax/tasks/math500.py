@@ -14,12 +14,12 @@ import functools
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rspo_jax.config import schema
 from rspo_jax.datasets import downloads, files
 from rspo_jax.devices import workers
-from rspo_jax.tasks import answers, base, d1, latex, prompts
+from rspo_jax.tasks import answers, base, d1, latex, plain_latex, prompts
 
 WEIGHTS = {"correct": 1.0, "format": 0.0}
 STYLES = ("compact", *prompts.STYLES)
@@ -49,10 +49,9 @@ _DIGITS_ONLY = re.compile(r"[{(\s]*[0-9]")
 _SPACE = re.compile(r"\s+|\\[,;!: ]")
 
 
-@functools.cache
 def _pool() -> workers.Workers:
   count = max(2, min(8, (os.cpu_count() or 1) // 2))
-  return workers.Workers(_TARGET, count, _LIMITS, quiet=True)
+  return workers.pool(_TARGET, count, _LIMITS, quiet=True)
 
 
 def _ask(calls: Sequence[tuple]) -> list[workers.Outcome]:
@@ -71,7 +70,7 @@ def final_answer(text: str) -> str | None:
   if inside is None:
     found = _boxed(text) if "\\boxed" in text else None
     if found is None and len(text) <= _MAX_NUMBER:
-      found = text if latex.number(latex.plain(text)) else None
+      found = text if latex.number(plain_latex.plain(text)) else None
   elif "\\boxed" in inside:
     found = _boxed(inside)
     if found is None:
@@ -101,7 +100,10 @@ def _boxed(text: str) -> str | None:
 
 def _restates(one: str, other: str) -> bool:
   """Whether the content of a box is that of another one again."""
-  left, right = latex.number(latex.plain(one)), latex.number(latex.plain(other))
+  left, right = (
+    latex.number(plain_latex.plain(one)),
+    latex.number(plain_latex.plain(other)),
+  )
   if left is None or right is None:
     return one.strip() == other.strip()
   return latex.same_number(left, right)
@@ -169,7 +171,7 @@ class _Answer:
 
 @functools.lru_cache(maxsize=4096)
 def _read(answer: str) -> _Answer:
-  text = latex.plain(answer)
+  text = plain_latex.plain(answer)
   return _Answer(
     text,
     _SPACE.sub("", text),
@@ -215,26 +217,15 @@ def _same_numeral(gold: tuple[str, int], answer: _Answer) -> bool:
   return found == gold
 
 
-def verify_all(
-  pairs: Sequence[tuple[base.Example, str]],
-  protocol: str = "strict",
-  weights: Mapping[str, float] | None = None,
-) -> list[base.Verdict]:
-  """Judges many completions, as many at a time as there are workers.
+def strict(pairs: base.Pairs) -> list[base.Finding]:
+  """Judges completions, as many at a time as there are workers.
 
   Args:
     pairs: (example, completion); examples with `ground_truth`, LaTeX.
-    protocol: strict, or d1 for the verdicts and rewards of `d1`, which know no
-      weights and need no workers.
-    weights: of the parts `correct` and `format` (there is an answer).
 
   Returns:
-    Verdicts with parts `correct` and `format`.
+    Findings with parts `correct` and `format` (there is an answer).
   """
-  base.check_protocol(protocol)
-  if protocol == "d1":
-    return [d1.math500(example, completion) for example, completion in pairs]
-  weights = base.resolve_weights(WEIGHTS, weights)
   found = [final_answer(answers.clip(completion)) for _, completion in pairs]
   correct: list[bool | None] = [False] * len(pairs)
   reasons = ["no final answer"] * len(pairs)
@@ -258,27 +249,18 @@ def verify_all(
     correct[i] = outcome.value is True
     if outcome.reason:
       reasons[i] = f"{base.NO_VERDICT}{outcome.reason}"
-  verdicts = []
-  for right, answer, reason in zip(correct, found, reasons, strict=True):
-    parts = {"correct": float(right), "format": float(answer is not None)}
-    reward = sum(weights[name] * value for name, value in parts.items())
-    verdicts.append(base.Verdict(reward, right, parts, reason))
-  return verdicts
-
-
-def verify(
-  example: base.Example,
-  completion: str,
-  protocol: str = "strict",
-  weights: Mapping[str, float] | None = None,
-) -> base.Verdict:
-  """Judges one completion; see `verify_all`, which is faster for many."""
-  return verify_all([(example, completion)], protocol, weights)[0]
+  return [
+    (
+      right,
+      {"correct": float(right), "format": float(answer is not None)},
+      reason,
+    )
+    for right, answer, reason in zip(correct, found, reasons, strict=True)
+  ]
 
 
 def prompt(example: base.Example, style: str) -> str:
   """Returns the user's text."""
-  base.check_style(style, STYLES)
   if style == "compact":
     return example["question"]
   return prompts.mathematics(example["question"], style)
@@ -337,30 +319,27 @@ def _place(path: str, gold: str) -> str:
   return path
 
 
-def load(split: str, settings: schema.Data) -> Sequence[base.Example]:
-  """Loads a split of `settings.source`, or of the published files.
+def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
+  """A split of `data.source`, or of the published files.
 
   Every gold answer of the caller's own file must be readable; of the published
   training file those that are not are left out, and said.
   """
-  base.check_split(split)
-  source = settings.source
+  source = data.source or str(downloads.fetch("math500", split, data.dir))
   path = source.replace("{split}", split)
-  if not source:
-    path = source = str(downloads.fetch("math500", split, settings.dir))
-  examples = files.load_split(source, split, parse_row)
-  bad = _unreadable([example["ground_truth"] for example in examples])
+  rows = files.load_split(source, split, parse_row)
+  bad = _unreadable([example["ground_truth"] for example in rows])
   if not bad:
-    return examples
+    return rows
   gold, why = next(iter(bad.items()))
-  if settings.source or split == "test":
+  if data.source or split == "test":
     raise ValueError(
       f"{_place(path, gold)}: the answer {gold[:80]!r} cannot be read ({why});"
       " correct it or leave the row out."
     )
-  kept = [each for each in examples if each["ground_truth"] not in bad]
+  kept = [each for each in rows if each["ground_truth"] not in bad]
   warnings.warn(
-    f"{path}: {len(examples) - len(kept)} of {len(examples)} rows are left out,"
+    f"{path}: {len(rows) - len(kept)} of {len(rows)} rows are left out,"
     f" whose answers cannot be read, such as {gold[:80]!r} ({why}).",
     stacklevel=2,
   )
@@ -376,14 +355,6 @@ def difficulty(example: base.Example) -> str | None:
 
 
 TASK = base.Task(
-  "math500",
-  load,
-  prompt,
-  None,
-  None,
-  verify,
-  WEIGHTS,
-  STYLES,
-  verify_all=verify_all,
-  difficulty=difficulty,
-)
+  name="math500", examples=examples, words=prompt, strict=strict, d1=d1.math500,
+  weights=WEIGHTS, styles=STYLES, difficulty=difficulty,
+)  # fmt: skip

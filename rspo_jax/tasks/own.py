@@ -20,9 +20,8 @@ wrong, with reward 0, and its verdict says why.
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rspo_jax.config import schema
@@ -32,7 +31,6 @@ from rspo_jax.tasks import base, prompts
 
 STYLES = ("compact", "chat", *prompts.STYLES)
 WEIGHTS = {"reward": 1.0}
-EXTRA = "extra"
 
 _MAX_REASON = 200
 _MAX_PARTS = 32
@@ -52,11 +50,6 @@ class RewardSettings:
   extra: str = ""
   processes: int = 2
   limits: workers.Limits = dataclasses.field(default_factory=workers.Limits)
-
-
-@functools.cache
-def _pool(target: str, count: int, limits: workers.Limits) -> workers.Workers:
-  return workers.Workers(target, count, limits)
 
 
 def _number(value: Any) -> float | None:
@@ -99,7 +92,6 @@ def verdict(outcome: workers.Outcome) -> base.Verdict:
 
 def prompt(example: base.Example, style: str) -> str:
   """Returns the row's prompt, in the words of a style where it has some."""
-  base.check_style(style, STYLES)
   if style in prompts.STYLES:
     return prompts.question(example["prompt"], style)
   return example["prompt"]
@@ -138,45 +130,31 @@ def make_task(target: str, settings: RewardSettings) -> base.Task:
   Raises:
     ValueError: the name is not of that form.
   """
-  workers.check_target(target)
+  pool = workers.pool(target, settings.processes, settings.limits)
 
-  def pool() -> workers.Workers:
-    return _pool(target, settings.processes, settings.limits)
-
-  def load(split: str, data: schema.Data) -> Sequence[base.Example]:
-    base.check_split(split)
+  def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
     if not data.source:
       raise ValueError(
         f"task.name={target} needs data.source=PATH, a JSONL file with a prompt"
         " and what else the function wants to know in each row; write {split}"
         " in the path for one file a split."
       )
-    examples = files.load_split(data.source, split, parse_row)
-    pool().start()
-    return examples
+    found = files.load_split(data.source, split, parse_row)
+    pool.start()
+    return found
 
-  def verify_all(pairs, protocol="strict", weights=None):
-    base.check_protocol(protocol)
-    weight = base.resolve_weights(WEIGHTS, weights)["reward"]
-    verdicts = [verdict(outcome) for outcome in pool().map(pairs)]
-    return [
-      dataclasses.replace(found, reward=weight * found.reward)
-      for found in verdicts
-    ]
-
-  def verify(example, completion, protocol="strict", weights=None):
-    return verify_all([(example, completion)], protocol, weights)[0]
+  def strict(pairs: base.Pairs) -> list[base.Finding]:
+    found = [verdict(outcome) for outcome in pool.map(pairs)]
+    return [(each.correct, each.parts, each.reason) for each in found]
 
   return base.Task(
-    target,
-    load,
-    prompt,
-    _demonstration,
-    None,
-    verify,
-    WEIGHTS,
-    STYLES,
-    verify_all=verify_all,
+    name=target,
+    examples=examples,
+    words=prompt,
+    demonstration=_demonstration,
+    strict=strict,
+    weights=WEIGHTS,
+    styles=STYLES,
     difficulty=difficulty,
   )
 
@@ -187,37 +165,18 @@ def with_extra(task: base.Task, settings: RewardSettings) -> base.Task:
   Its part is called `extra`, with weight 1 unless the weights say otherwise; a
   score of its own never makes an answer correct.
   """
-  workers.check_target(settings.extra)
+  pool = workers.pool(settings.extra, settings.processes, settings.limits)
 
-  def pool() -> workers.Workers:
-    return _pool(settings.extra, settings.processes, settings.limits)
+  def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
+    pool.start()
+    return task.examples(split, data)
 
-  def load(split, data):
-    pool().start()
-    return task.load(split, data)
-
-  def judge(pairs, protocol="strict", weights: Mapping | None = None):
-    weights = dict(weights or {})
-    weight = weights.pop(EXTRA, 1.0)
-    verdicts = task.judge(pairs, protocol, weights or None)
-    extras = [verdict(outcome) for outcome in pool().map(pairs)]
-    return [
-      base.Verdict(
-        own.reward + weight * extra.reward,
-        own.correct,
-        own.parts | {EXTRA: extra.reward},
-        f"{own.reason}; {EXTRA}: {extra.reason}",
-      )
-      for own, extra in zip(verdicts, extras, strict=True)
-    ]
-
-  def verify(example, completion, protocol="strict", weights=None):
-    return judge([(example, completion)], protocol, weights)[0]
+  def extra(pairs: base.Pairs) -> list[base.Verdict]:
+    return [verdict(outcome) for outcome in pool.map(pairs)]
 
   return dataclasses.replace(
     task,
-    load=load,
-    verify=verify,
-    verify_all=judge,
-    weights={**task.weights, EXTRA: 1.0},
+    examples=examples,
+    extra=extra,
+    weights={**task.weights, base.EXTRA: 1.0},
   )

@@ -10,7 +10,7 @@ solution, a short answer counting as zeros at its end.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from rspo_jax.config import schema
 from rspo_jax.datasets import files
@@ -40,7 +40,6 @@ _UNITS = _units()
 
 def prompt(example: base.Example, style: str) -> str:
   """Returns the user's text: the 16 digits, 0 where empty, when compact."""
-  base.check_style(style, STYLES)
   if style != "compact":
     return prompts.sudoku(example["puzzle"], style)
   return example["puzzle"]
@@ -92,35 +91,23 @@ def is_valid(puzzle: str, grid: str) -> bool:
   )
 
 
-def verify(
-  example: base.Example,
-  completion: str,
-  protocol: str = "strict",
-  weights: Mapping[str, float] | None = None,
-) -> base.Verdict:
-  """Judges one completion.
-
-  Args:
-    example: with `puzzle` and `ground_truth`, 16 digits each.
-    completion: any text.
-    protocol: strict, or d1 for the verdicts and rewards of `d1`, which know no
-      weights.
-    weights: of the parts `cells`, `valid` and `exact`.
+def strict(pairs: base.Pairs) -> list[base.Finding]:
+  """Judges completions by examples with `puzzle` and `ground_truth`, 16 digits.
 
   Returns:
-    Verdict with parts `accuracy` (share of empty cells as in the stored
+    Findings with parts `accuracy` (share of empty cells as in the stored
     solution), `cells` (the same, but 1 for another valid solution), `valid`
     and `exact` (the stored solution itself).
   """
-  base.check_protocol(protocol)
-  if protocol == "d1":
-    return d1.sudoku(example, completion)
-  weights = base.resolve_weights(WEIGHTS, weights)
+  return [_judged(*pair) for pair in pairs]
+
+
+def _judged(example: base.Example, completion: str) -> base.Finding:
   puzzle, gold = example["puzzle"], example["ground_truth"]
   digits = _final_digits(answers.clip(completion), puzzle)
   if digits is None:
     parts = {"accuracy": 0.0, "cells": 0.0, "valid": 0.0, "exact": 0.0}
-    return base.Verdict(0.0, False, parts, "no answer")
+    return False, parts, "no answer"
   exact = digits == gold
   valid = exact or is_valid(puzzle, digits)
   padded = digits[:16].ljust(16, "0")
@@ -135,7 +122,6 @@ def verify(
     "valid": float(valid),
     "exact": float(exact),
   }
-  reward = sum(weight * parts[name] for name, weight in weights.items())
   if valid:
     reason = "the solution" if exact else "another valid solution"
   elif len(digits) != 16:
@@ -144,26 +130,12 @@ def verify(
     reason = f"{right} of {empties} empty cells right"
     if right == empties:
       reason += ", but a clue is overwritten"
-  return base.Verdict(reward, valid, parts, reason)
+  return valid, parts, reason
 
 
-class Examples(Sequence):
-  """Columns of generated puzzles as a random-access sequence of examples."""
-
-  def __init__(self, columns):
-    self.puzzle = columns["puzzle"]  # S16 [n]
-    self.solution = columns["solution"]  # S16 [n]
-
-  def __len__(self) -> int:
-    return len(self.puzzle)
-
-  def __getitem__(self, index):
-    if isinstance(index, slice):
-      return [self[i] for i in range(*index.indices(len(self)))]
-    return {
-      "puzzle": self.puzzle[index].decode(),
-      "ground_truth": self.solution[index].decode(),
-    }
+def example_of(puzzle: bytes, solution: bytes) -> base.Example:
+  """The example of one row of the generated columns."""
+  return {"puzzle": puzzle.decode(), "ground_truth": solution.decode()}
 
 
 def parse_row(row) -> base.Example:
@@ -184,18 +156,16 @@ def parse_row(row) -> base.Example:
   return {"puzzle": puzzle, "ground_truth": solution}
 
 
-def load(split: str, settings: schema.Data) -> Sequence[base.Example]:
-  """Loads a split of the generated data, or of `settings.source`."""
-  base.check_split(split)
-  if settings.source:
-    return files.load_split(settings.source, split, parse_row)
+def examples(split: str, data: schema.Data) -> Sequence[base.Example]:
+  """A split of the generated data, or of `data.source`."""
+  if data.source:
+    return files.load_split(data.source, split, parse_row)
   from rspo_jax.datasets import builders
 
-  return Examples(
-    builders.load_columns(
-      "sudoku", split, settings.size, settings.seed, settings.dir
-    )
+  columns = builders.load_columns(
+    "sudoku", split, data.size, data.seed, data.dir
   )
+  return base.Examples(columns, example_of)
 
 
 def difficulty(example: base.Example) -> str:
@@ -204,13 +174,7 @@ def difficulty(example: base.Example) -> str:
 
 
 TASK = base.Task(
-  "sudoku",
-  load,
-  prompt,
-  demonstration,
-  corrupt,
-  verify,
-  WEIGHTS,
-  STYLES,
+  name="sudoku", examples=examples, words=prompt, demonstration=demonstration,
+  corrupt=corrupt, strict=strict, d1=d1.sudoku, weights=WEIGHTS, styles=STYLES,
   difficulty=difficulty,
-)
+)  # fmt: skip

@@ -21,7 +21,7 @@ import math_verify
 import sympy
 from math_verify import grader
 
-from rspo_jax.tasks import latex
+from rspo_jax.tasks import latex, plain_latex
 
 # It warns that its own time limits are off: the worker keeps them.
 logging.getLogger("math_verify").setLevel(logging.CRITICAL)
@@ -105,7 +105,9 @@ def _alike(terms: tuple[str, list[str]], found: tuple[str, list[str]]) -> bool:
   if more:
     if head < 2 or long.index("...") != head + more:
       return False
-    numbers = [latex.number(latex.plain(term)) for term in long[: head + more]]
+    numbers = [
+      latex.number(plain_latex.plain(term)) for term in long[: head + more]
+    ]
     if None in numbers:
       return False
     values = [number.value for number in numbers]

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rspo_jax.algorithm import likelihood
-from rspo_jax.models import checkpoints, transformer
+from rspo_jax.models import checkpoints, functions
 
 PROMPT = 2  # P
 LENGTH = 4  # L
@@ -435,7 +435,7 @@ def recorded(request, shared):
   arrays = dict(np.load(shared / f"fixtures/elbo/{request.param}.npz"))
   folder = shared / "fixtures/models" / MODEL_BY_CASE[request.param]
   model = checkpoints.load_model(folder)
-  logprob_fn = transformer.make_logprob_fn(model.config)
+  logprob_fn = functions.make_logprob_fn(model.config)
 
   @jax.jit
   def score(params, tokens, masks):
@@ -514,7 +514,7 @@ def test_recorded_one_step_log_probs(recorded):
   if "d_input" not in arrays:
     pytest.skip("recorded for LLaDA only")
   model = recorded.model
-  logprob_fn = jax.jit(transformer.make_logprob_fn(model.config))
+  logprob_fn = jax.jit(functions.make_logprob_fn(model.config))
   inputs = arrays["d_input"]  # [2, N, P + L]
   n, span = inputs.shape[1:]
   rows = recorded.prompt + np.arange(span - recorded.prompt)
@@ -569,6 +569,6 @@ def named(config, params):
   """(checkpoint name, value as the checkpoint has it) of every parameter."""
   for leaf in checkpoints.leaves(config):
     value = functools.reduce(lambda tree, key: tree[key], leaf.path, params)
-    values = value if leaf.stacked else value[None]
+    values = value if leaf.axes else value[None]
     for name, one in zip(leaf.names, values, strict=True):
       yield name, one.T if leaf.transposed else one

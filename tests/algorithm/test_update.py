@@ -41,7 +41,7 @@ from rspo_jax.algorithm.types import RolloutBatch, TrainState, init_state
 from rspo_jax.algorithm.update import make_estimate, make_reorder
 from rspo_jax.config import schema
 from rspo_jax.devices import sharding
-from rspo_jax.models import transformer
+from rspo_jax.models import functions, transformer
 
 
 @jax.jit
@@ -332,7 +332,7 @@ def test_scores_that_an_update_needs_are_asked_for():
 def test_relative_scores_are_zero_at_the_start():
   # Bit for bit from one compiled function; within 1e-6 inside the update.
   step = StepSettings(8)
-  logprob_fn = transformer.make_logprob_fn(CONFIG)
+  logprob_fn = functions.make_logprob_fn(CONFIG)
   estimate = jax.jit(make_estimate(logprob_fn, MASK_ID, step, MASKS))
   params, batch, key = transformer_params(), batch_of(), KEY
   reference = estimate(params, batch, key)
@@ -681,7 +681,7 @@ def three_steps(shape, devices):
   params = jax.device_put(transformer_params(), places.params)
   shards = sharding.batch_shards(mesh)
   step = StepSettings(2 * N, "one", shards=shards)
-  logprob_fn = transformer.make_logprob_fn(CONFIG)
+  logprob_fn = functions.make_logprob_fn(CONFIG)
   estimate = jax.jit(
     make_estimate(logprob_fn, MASK_ID, step, MASKS),
     out_shardings=rows,

@@ -205,19 +205,12 @@ class TestBoth:
   def test_none_asked_none_given(self, generator):
     assert len(generator.generate(0, "test", 0)) == 0
 
-
-def test_fewer_countdown_problems_are_the_beginning_of_more():
-  few, many = (
-    countdown.generate(0, "train", n).columns() for n in (100, 20000)
-  )
-  for name, column in few.items():
-    np.testing.assert_array_equal(column, many[name][:100])
-
-
-def test_fewer_puzzles_are_the_beginning_of_more():
-  few, many = (sudoku.generate(0, "train", n).columns() for n in (100, 9000))
-  for name, column in few.items():
-    np.testing.assert_array_equal(column, many[name][:100])
+  def test_fewer_are_the_beginning_of_more(self, generator):
+    few, many = (
+      generator.generate(0, "train", n).columns() for n in (100, 20000)
+    )
+    for name, column in few.items():
+      np.testing.assert_array_equal(column, many[name][:100])
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ import pytest
 import tiny_runs
 
 from rspo_jax.devices import sharding
-from rspo_jax.models import attention, transformer
+from rspo_jax.models import attention
+from rspo_jax.models.attention import Visibility, by_kv_head
 from rspo_jax.planning import compiler, flops
 from rspo_jax.planning.chips import parse
 from rspo_jax.run import program
@@ -43,8 +44,35 @@ def inputs(length, sequences=2):
 
 
 def biased_einsum(q, k, v, read):
-  bias = jnp.where(read, 0.0, transformer.LOWEST)
-  return transformer.attend(q, k, v, bias)
+  parts = [(by_kv_head(k), by_kv_head(v), Visibility(read))]
+  return attention.attend(q, parts, KV_HEADS)
+
+
+@pytest.mark.parametrize("half", ["text", "noisy"])
+def test_parts_are_one_softmax_and_blocks_see_what_their_half_may(half):
+  # One part, or a noisy copy beside the clean text; the last block is short.
+  q, k, v, _, read = inputs(5)
+  block = np.arange(5) // 2
+  own = Visibility(read, block, block, half)
+  parts = [(by_kv_head(k), by_kv_head(v), own)]
+  if half == "noisy":
+    clean = Visibility(None, block, block, "clean")
+    parts.insert(0, (by_kv_head(k[:, ::-1]), by_kv_head(v[:, ::-1]), clean))
+  ours = attention.attend(q, parts, KV_HEADS)
+  k, v, read = (np.asarray(x) for x in (k, v, read))
+  for n, i, head in np.ndindex(2, 5, HEADS):
+    shared, b = head // (HEADS // KV_HEADS), i // 2
+    blocks = {"text": range(b + 1), "noisy": [b]}[half]
+    seen = [(k, v, j) for j in range(5) if j // 2 in blocks and read[n, j]]
+    if half == "noisy":
+      seen += [(k[:, ::-1], v[:, ::-1], j) for j in range(2 * b)]
+    if not seen:
+      continue
+    keys = np.array([x[n, j, shared] for x, _, j in seen], np.float64)
+    values = np.array([x[n, j, shared] for _, x, j in seen], np.float64)
+    weights = np.exp(keys @ np.asarray(q[n, i, head]) / DIM**0.5)
+    wanted = weights / weights.sum() @ values
+    np.testing.assert_allclose(ours[n, i, head], wanted, atol=2e-5)
 
 
 def outputs_and_gradients(kernel, q, k, v, cotangent, read):
@@ -77,9 +105,8 @@ def test_reading_a_length_of_sorted_keys_is_the_einsum():
 
 def test_without_a_mesh_or_on_a_cpu_it_is_the_einsum():
   def kernel(q, k, v, read):
-    bias = jnp.where(read, 0.0, transformer.LOWEST)
     both = (
-      transformer.attend(q, k, v, bias, "flash", mesh)
+      attention.flash(q, k, v, Visibility(read), mesh)
       for mesh in (None, sharding.make_mesh())
     )
     return sum(both) / 2
@@ -153,8 +180,8 @@ def test_a_run_with_flash_on_a_tpu_is_refused_before_it_is_compiled():
   greedy = types.SimpleNamespace(completion_length=8)
   evaluation = types.SimpleNamespace(greedy=greedy)
   settings = types.SimpleNamespace(
-    model={"compute_dtype": "auto", "attention": "flash"},
-    prompt_length=8,
+    model=types.SimpleNamespace(compute_dtype="auto", attention="flash"),
+    data=types.SimpleNamespace(prompt_length=8),
     sampler=types.SimpleNamespace(completion_length=8),
     evaluations=(evaluation,),
   )
@@ -188,14 +215,18 @@ def test_the_tpu_compiler_takes_it_and_holds_no_scores():
     jax.ShapeDtypeStruct((16, 1024, heads, 128), "bfloat16", sharding=where)
     for heads in (32, 8)
   )
-  bias = jax.ShapeDtypeStruct((16, 1024), "float32")
+  seen = jax.ShapeDtypeStruct((16, 1024), bool)
 
   def gradient(kind):
-    def total(q, k, v, bias):
-      out = transformer.attend(q, k, v, bias, kind, mesh)
+    def total(q, k, v, seen):
+      if kind == "flash":
+        out = attention.flash(q, k, v, Visibility(seen), mesh)
+      else:
+        parts = [(by_kv_head(k), by_kv_head(v), Visibility(seen))]
+        out = attention.attend(q, parts, 8)
       return jnp.square(out.astype(jnp.float32)).sum()
 
-    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(q, k, k, bias)
+    traced = jax.jit(jax.grad(total, argnums=(0, 1, 2))).trace(q, k, k, seen)
     compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

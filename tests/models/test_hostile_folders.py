@@ -9,6 +9,7 @@ import time
 import warnings
 
 import pytest
+from etils import epath
 from tiny_folders import (
   LLADA,
   llada_modules,
@@ -19,8 +20,14 @@ from tiny_folders import (
 from tokenizers import decoders, normalizers
 
 from rspo_jax.devices import workers
-from rspo_jax.models import adapters, checkpoints, families, hf_folder
-from rspo_jax.models import tokenizer as tokenizer_lib
+from rspo_jax.models import (
+  adapters,
+  checkpoints,
+  families,
+  model_folder,
+  safetensors_files,
+  tokenizer_files,
+)
 from rspo_jax.models.families import CheckpointError
 from rspo_jax.models.tokenizer import Tokenizer, build_word_tokenizer
 
@@ -160,7 +167,7 @@ def use(folder: pathlib.Path, name: str, wanted) -> None:
     adapters.load_adapter(folder, families.from_hf(LLADA))
     return
   if name.endswith((".safetensors", checkpoints.INDEX)):
-    stored = checkpoints.read_headers(folder)
+    stored = safetensors_files.read_headers(epath.Path(folder))
     checkpoints.check_tensors(wanted, stored, str(folder))
     return
   model = checkpoints.load_config(folder)
@@ -179,15 +186,11 @@ def use(folder: pathlib.Path, name: str, wanted) -> None:
 
 
 WORD_FILES = {
-  "config.json": 90,
-  "tokenizer.json": 100,
-  "tokenizer_config.json": 40,
-  "special_tokens_map.json": 20,
-  "model-00001-of-00002.safetensors": 70,
-  "model.safetensors.index.json": 30,
-  "adapter_config.json": 50,
+  "config.json": 90, "tokenizer.json": 100, "tokenizer_config.json": 40,
+  "special_tokens_map.json": 20, "model-00001-of-00002.safetensors": 70,
+  "model.safetensors.index.json": 30, "adapter_config.json": 50,
   "adapter_model.safetensors": 20,
-}
+}  # fmt: skip
 BYTE_FILES = {
   "tokenizer_config.json": 40,
   "vocab.json": 15,
@@ -302,14 +305,12 @@ def test_rules_that_explode_are_refused_and_end_no_run(
   tmp_path, monkeypatch, rules, message
 ):
   limits = workers.Limits(time_s=3.0, memory_bytes=1 << 30)
-  monkeypatch.setattr(tokenizer_lib, "_TRIAL", limits)
-  tokenizer_lib._worker.cache_clear()
+  monkeypatch.setattr(tokenizer_files, "_TRIAL", limits)
   folder = word_folder(tmp_path / "folder")
   assert Tokenizer.load(folder) is not None
   change(folder, "tokenizer.json", **rules)
   with pytest.raises(CheckpointError, match=message):
     Tokenizer.load(folder)
-  tokenizer_lib._worker.cache_clear()
 
 
 def test_a_padding_rule_without_end_does_not_act(tmp_path):
@@ -339,19 +340,12 @@ def test_an_expression_that_fails_on_one_text_is_an_error_of_that_text(
 @pytest.mark.parametrize(
   ("key", "value"),
   [
-    ("n_layers", 10**9),
-    ("d_model", 2**62),
-    ("vocab_size", 10**400),
-    ("embedding_size", 2**40),
-    ("mlp_hidden_size", 10**12),
-    ("max_sequence_length", 2**70),
-    ("n_heads", 2**40),
-    ("rope_theta", 10**400),
-    ("rms_norm_eps", 1e-300),
-    ("model_type", ["llada"]),
-    ("model_type", {}),
+    ("n_layers", 10**9), ("d_model", 2**62), ("vocab_size", 10**400),
+    ("embedding_size", 2**40), ("mlp_hidden_size", 10**12),
+    ("max_sequence_length", 2**70), ("n_heads", 2**40), ("rope_theta", 10**400),
+    ("rms_norm_eps", 1e-300), ("model_type", ["llada"]), ("model_type", {}),
   ],
-)
+)  # fmt: skip
 def test_a_size_beyond_all_models_is_refused_at_once(key, value):
   begin = time.monotonic()
   with pytest.raises(CheckpointError, match=f"config.json: {key}="):
@@ -362,15 +356,11 @@ def test_a_size_beyond_all_models_is_refused_at_once(key, value):
 @pytest.mark.parametrize(
   "name",
   [
-    "config.json",
-    "tokenizer.json",
-    "special_tokens_map.json",
-    "model.safetensors.index.json",
-    "model-00001-of-00002.safetensors",
-    "adapter_config.json",
-    "adapter_model.safetensors",
+    "config.json", "tokenizer.json", "special_tokens_map.json",
+    "model.safetensors.index.json", "model-00001-of-00002.safetensors",
+    "adapter_config.json", "adapter_model.safetensors",
   ],
-)
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
 def test_what_is_no_file_is_not_opened(tmp_path, name, kind):
   folder = word_folder(tmp_path / "folder")
@@ -469,7 +459,7 @@ def test_an_expression_of_an_adapter_that_goes_back_for_ever_is_refused(
   tmp_path, monkeypatch
 ):
   limits = workers.Limits(time_s=1.0, memory_bytes=512 << 20)
-  monkeypatch.setattr(hf_folder, "_LIMITS", limits)
+  monkeypatch.setattr(model_folder, "_LIMITS", limits)
   folder = word_folder(tmp_path / "folder")
   change(folder, "adapter_config.json", target_modules="(.*.*)*x")
   with pytest.raises(CheckpointError, match=r"target_modules='\(.*longer than"):

@@ -20,7 +20,14 @@ from tiny_folders import (
   write_folder,
 )
 
-from rspo_jax.models import adapters, checkpoints, families, lora, transformer
+from rspo_jax.models import (
+  adapters,
+  checkpoints,
+  families,
+  layers,
+  lora,
+  transformer,
+)
 from rspo_jax.models.lora import LoraSettings
 from rspo_jax.run import program as program_lib
 
@@ -98,7 +105,7 @@ def test_attached_and_merged_adapters_compute_the_same_product():
 
 
 def test_gradients_reach_the_adapter_with_its_scale():
-  dense = transformer.Dense(families.from_hf(LLADA), 2, ("embed", "mlp"))
+  dense = layers.Dense(families.from_hf(LLADA), 2, ("embed", "mlp"))
   params = {"layers": {"up": {"kernel": jnp.ones((1, 2, 2))}}}
   a, b = jnp.ones((1, 2, 1)), jnp.zeros((1, 1, 2))
 

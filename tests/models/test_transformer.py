@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rspo_jax.models import transformer
+from rspo_jax.models import cache, functions, transformer
 from rspo_jax.models.families import ModelConfig
 
 # Every width is another number, so that no swapped axis goes unnoticed.
@@ -69,17 +69,17 @@ def jitted(name, config, *static):
       )
     )
   if name == "logprob":
-    return jax.jit(transformer.make_logprob_fn(config))
+    return jax.jit(functions.make_logprob_fn(config))
   if name == "denoise":
-    denoise_fn = transformer.make_denoise_fn(config)
+    denoise_fn = functions.make_denoise_fn(config)
     return jax.jit(
       lambda params, tokens, mask, start: denoise_fn(
-        params, tokens, mask, None, start, *static
+        params, tokens, mask, cache.Uncached(), start, *static
       )[0]
     )
   return jax.jit(
     jax.value_and_grad(
-      lambda params, *arguments: transformer.make_logprob_fn(config)(
+      lambda params, *arguments: functions.make_logprob_fn(config)(
         params, *arguments
       ).sum()
     )
@@ -217,6 +217,26 @@ def test_denoising_logits_predict_the_tokens_at_their_positions(name):
     np.testing.assert_allclose(
       logits, aligned[:, start : start + 3], rtol=1e-4, atol=2e-4
     )
+
+
+def test_layers_in_two_segments_are_the_layers_in_one(monkeypatch):
+  # Of every canvas, and of a window that reads their keys and values.
+  config, params = EVERYTHING, dict(params_of(EVERYTHING))
+
+  def run(params):
+    denoise_fn = functions.make_denoise_fn(config)
+    call = (TOKENS, MASK)
+    logits, kept = denoise_fn(params, *call, cache.Dual(), 2, 3)
+    return logits, denoise_fn(params, *call, kept, 2, 3)[0]
+
+  wanted = jax.jit(run)(params)
+  for name, i in (("first", slice(0, 1)), ("rest", slice(1, 2))):
+    params[name] = jax.tree.map(lambda x, i=i: x[i], params["layers"])
+  del params["layers"]
+  two = (("first", 1, "dense"), ("rest", 1, "dense"))
+  monkeypatch.setattr(transformer, "segments", lambda config: two)
+  for a, b in zip(jax.jit(lambda p: run(p))(params), wanted, strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ("everything", "dream"))

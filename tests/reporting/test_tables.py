@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rspo_jax.reporting import tables
-from rspo_jax.sampling import sampler
+from rspo_jax.sampling.settings import SamplerSettings
 from rspo_jax.tasks import TASKS
 from rspo_jax.tools import scores
 
@@ -116,7 +116,7 @@ def test_an_evaluation_goes_over_its_own_files_and_no_others(tmp_path):
 
 def test_a_sampler_is_named_by_what_it_changes():
   def name(**changes):
-    return tables.sampler_name(sampler.SamplerSettings(32, 8, 16, **changes))
+    return tables.sampler_name(SamplerSettings(32, 8, 16, **changes))
 
   assert name() == "llada"
   assert (
@@ -134,7 +134,7 @@ def test_numbers_in_names_are_compared_as_numbers():
 
 
 def test_d1_files_hold_what_the_recordings_of_d1_do(shared):
-  settings = sampler.SamplerSettings(128, 32, 64)
+  settings = SamplerSettings(128, 32, 64)
   for task in TASKS:
     path = shared / f"fixtures/verifiers/{task}.jsonl"
     with open(path, encoding="utf-8") as file:

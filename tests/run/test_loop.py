@@ -264,7 +264,7 @@ def test_what_comes_next_is_printed_as_a_shell_reads_it(tiny, tmp_path, capsys):
     *(
       "python",
       "-m",
-      "rspo_jax.tools.report.report",
+      "rspo_jax.report",
       str(folder),
       "--out=report.html",
     )

@@ -15,7 +15,7 @@ from rspo_jax import main
 from rspo_jax.algorithm.microbatches import StepSettings
 from rspo_jax.algorithm.types import init_state
 from rspo_jax.algorithm.update import make_estimate
-from rspo_jax.models import adapters, lora, transformer
+from rspo_jax.models import adapters, functions, lora
 from rspo_jax.run import program as program_lib
 
 SETTINGS = lora.LoraSettings(rank=2, alpha=4.0)
@@ -35,8 +35,8 @@ def test_both_streams_are_the_merged_models_and_share_one_gradient():
   """Dual scores and gradients against two merged models, one after another."""
   base, batch = steps.transformer_params(), steps.batch_of()
   policy, reference = random_adapter(1), random_adapter(2)
-  one = transformer.make_logprob_fn(steps.CONFIG)
-  both = transformer.make_logprob_fn(steps.CONFIG, dual=True)
+  one = functions.make_logprob_fn(steps.CONFIG)
+  both = functions.make_logprob_fn(steps.CONFIG, dual=True)
 
   def update_of(join, logprob_fn, pair_fn=None):
     return jax.jit(

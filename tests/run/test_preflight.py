@@ -9,7 +9,7 @@ import tiny_runs
 from configs import countdown
 from rspo_jax import main
 from rspo_jax.devices import sharding
-from rspo_jax.models.families import published
+from rspo_jax.models import families
 from rspo_jax.run import loading, preflight, settings
 from rspo_jax.run import program as program_lib
 
@@ -31,7 +31,7 @@ def test_memory_of_a_large_model_is_known_without_its_weights(tiny):
   config.data.prompt_length = 256
   built = settings.build(config, 1)
   mesh = sharding.make_mesh()
-  shape = published.PUBLISHED["llada_8b"]
+  shape = families.PUBLISHED["llada_8b"]
   model = loading.abstract_model(built, shape, mesh)
   need = preflight.resident_bytes(program_lib.assemble(built, model, mesh))
   # Reference, policy, two moments and the gradient; three counters.

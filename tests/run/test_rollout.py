@@ -1,6 +1,7 @@
 """From completions to a batch: who is whose, what is kept, what is masked."""
 
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from rspo_jax.algorithm import likelihood, objectives
 from rspo_jax.devices import sharding
 from rspo_jax.run import rollout
-from rspo_jax.sampling import sampler
+from rspo_jax.sampling.settings import SamplerSettings
 from rspo_jax.tasks import base
 
 EOS, MASK = 9, 8
@@ -120,7 +121,7 @@ def fill_with(value):
 
 
 def test_completions_of_a_prompt_stand_together_behind_it():
-  settings = sampler.SamplerSettings(4, 4, 2)
+  settings = SamplerSettings(4, 4, 2)
   run = jax.jit(rollout.make_rollout(fill_with(5), settings, 3, MASK, EOS))
   prompts = jnp.array([[1, 2], [3, 4]], jnp.int32)
   mask = jnp.array([[False, True], [True, True]])
@@ -137,7 +138,7 @@ def test_completions_of_a_prompt_stand_together_behind_it():
 
 
 def test_a_completion_ends_at_its_first_eos():
-  settings = sampler.SamplerSettings(4, 4, 4)
+  settings = SamplerSettings(4, 4, 4)
   run = rollout.make_rollout(fill_with(EOS), settings, 2, MASK, EOS)
   out = run({}, jnp.ones((1, 2), jnp.int32), jnp.ones((1, 2), bool), None)
   np.testing.assert_array_equal(
@@ -164,11 +165,11 @@ def test_text_ends_with_the_mask():
 def test_each_text_is_judged_on_its_own_example():
   seen = []
 
-  def verify(example, text, protocol="strict", weights=None):
-    seen.append((example["i"], text, protocol, weights))
-    return base.Verdict(example["i"], True, {}, "")
+  def judge(pairs, protocol, weights):
+    seen.extend((e["i"], text, protocol, weights) for e, text in pairs)
+    return [base.Verdict(e["i"], True, {}, "") for e, _ in pairs]
 
-  task = base.Task("t", None, None, None, None, verify, {})
+  task = types.SimpleNamespace(judge=judge)
   found = rollout.judge(
     task, [{"i": 0}, {"i": 1}], ["a", "b", "c", "d"], "d1", {"x": 1.0}
   )
@@ -443,7 +444,7 @@ def test_groups_that_are_all_right_push_where_asked():
 
 
 def test_partial_canvases_are_finished_from_where_they_stood():
-  settings = sampler.SamplerSettings(4, 2, 4)
+  settings = SamplerSettings(4, 2, 4)
   finish = rollout.make_finish(fill_with(7), settings, 9, 5)
   out = rollout.Completions(
     tokens=jnp.asarray([[1, 2, 3, 4, 6, 8]]),

@@ -23,7 +23,7 @@ from rspo_jax.algorithm.microbatches import StepSettings
 from rspo_jax.algorithm.types import init_state
 from rspo_jax.algorithm.update import make_estimate
 from rspo_jax.devices import sharding
-from rspo_jax.models import lora, transformer
+from rspo_jax.models import functions, lora, transformer
 from rspo_jax.run import program as program_lib
 
 # Divisible by every mesh below; one true token in five is the mask id itself.
@@ -127,8 +127,8 @@ def on_mesh(shape, cut, kind, base, adapters, batch, key):
   )
   if kind != "two" and (TOTAL // cut[0] // step.shards) % steps.GROUP:
     step = dataclasses.replace(step, passes="two")
-  one = transformer.make_logprob_fn(config, mesh)
-  both = transformer.make_logprob_fn(config, mesh, dual=True)
+  one = functions.make_logprob_fn(config, mesh)
+  both = functions.make_logprob_fn(config, mesh, dual=True)
   weighed = lambda fn: lambda params, *a: fn(lora.weights(params), *a)  # noqa: E731
   state = init_state(trained, optax.sgd(1.0))
   estimate = jax.jit(

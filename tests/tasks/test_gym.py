@@ -97,11 +97,10 @@ def test_the_answer_is_the_last_tag_or_the_whole(text, answer):
   ],
 )
 def test_a_score_is_a_share_whatever_the_scorer_says(outcome, score):
-  verdict = gym._verdict("7", outcome, {"score": 2.0, "format": 0.5})
-  assert verdict.parts == {"score": score, "format": 1.0}
-  assert verdict.reward == 2.0 * score + 0.5
-  assert verdict.correct == (score == 1.0)
-  assert (base.NO_VERDICT in verdict.reason) == bool(outcome.reason)
+  correct, parts, reason = gym._finding("7", outcome)
+  assert parts == {"score": score, "format": 1.0}
+  assert correct == (score == 1.0)
+  assert (base.NO_VERDICT in reason) == bool(outcome.reason)
 
 
 @needs_gym
@@ -180,12 +179,8 @@ class TestData:
 
 def test_without_the_package_the_remedy_is_named(monkeypatch, few):
   monkeypatch.setattr(gym, "_TARGET", "no_such_package.generators:call")
-  gym._pool.cache_clear()
-  try:
-    with pytest.raises(ValueError, match=r"requirements-gym\.txt"):
-      find(SUMS).load("train", few)
-  finally:
-    gym._pool.cache_clear()
+  with pytest.raises(ValueError, match=r"requirements-gym\.txt"):
+    find(SUMS).load("train", few)
 
 
 def answers_to(example, rng, count):

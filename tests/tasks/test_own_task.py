@@ -45,7 +45,7 @@ def test_the_documented_example_runs(here):
   from rspo_jax.run import settings
 
   built = settings.build(config, 1)
-  task = tasks.find(built.task.name, built.task.reward)
+  task = tasks.find(built.task.name, built.reward)
   for split in base.SPLITS:
     assert len(data.load_examples(task, split, built.data)) == 1000
   examples = data.load_examples(task, "test", built.data)[:2]
@@ -112,15 +112,11 @@ def test_an_extra_reward_is_added_to_a_task(here):
 @pytest.mark.parametrize(
   ("value", "reward", "correct"),
   [
-    (1, 1.0, True),
-    (0.5, 0.5, False),
-    (True, 1.0, True),
-    (False, 0.0, False),
-    (-3, -3.0, False),
-    ({"reward": 0.2, "correct": True}, 0.2, True),
+    (1, 1.0, True), (0.5, 0.5, False), (True, 1.0, True), (False, 0.0, False),
+    (-3, -3.0, False), ({"reward": 0.2, "correct": True}, 0.2, True),
     ({"reward": 1, "correct": False, "parts": {"a": 1}}, 1.0, False),
   ],
-)
+)  # fmt: skip
 def test_scores(value, reward, correct):
   verdict = own.verdict(Outcome(value))
   assert (verdict.reward, verdict.correct) == (reward, correct)

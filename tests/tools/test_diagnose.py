@@ -120,10 +120,10 @@ def test_the_command_writes_numbers_and_says_what_is_wrong(
 
 
 def test_every_scheme_finds_its_number_of_canvases():
-  from rspo_jax.sampling import sampler
+  from rspo_jax.sampling.settings import SamplerSettings
 
   settings = types.SimpleNamespace(
-    sampler=sampler.SamplerSettings(8, 4, 4),
+    sampler=SamplerSettings(8, 4, 4),
     likelihood=likelihood.LikelihoodSettings(),
   )
   two = measure.schemes_at(2, settings, likelihood.ESTIMATORS)
@@ -132,13 +132,13 @@ def test_every_scheme_finds_its_number_of_canvases():
     3, settings, likelihood.ESTIMATORS
   )
   # A threshold may take as many steps as there are positions.
-  settings.sampler = sampler.SamplerSettings(8, 4, 4, threshold=0.9)
+  settings.sampler = SamplerSettings(8, 4, 4, threshold=0.9)
   two = measure.schemes_at(2, settings, likelihood.ESTIMATORS)
   assert two["trace"].shrink == 4
 
 
 def test_every_measurement_keeps_the_runs_own_likelihood_settings():
-  from rspo_jax.sampling import sampler
+  from rspo_jax.sampling.settings import SamplerSettings
 
   own = likelihood.LikelihoodSettings(
     scope="masked_tail", block_length=2, prompt_mask=0.4
@@ -150,7 +150,7 @@ def test_every_measurement_keeps_the_runs_own_likelihood_settings():
 
     def __init__(self):
       settings = types.SimpleNamespace(
-        sampler=sampler.SamplerSettings(16, 8, 16), likelihood=own
+        sampler=SamplerSettings(16, 8, 16), likelihood=own
       )
       self.program = types.SimpleNamespace(settings=settings)
       scored = np.ones((2, 16), bool)

@@ -138,7 +138,7 @@ class Session:
     Raises:
       ValueError: names the value and the remedy.
     """
-    from rspo_jax.sampling import sampler
+    from rspo_jax.sampling import settings as sampling
 
     length, block, steps = self.shape
     given = {key: v for key, v in values.items() if v is not None}
@@ -153,7 +153,7 @@ class Session:
       raise ValueError(
         f"steps={steps} is more than one a token; use at most {length}."
       )
-    settings = sampler.SamplerSettings(
+    settings = sampling.SamplerSettings(
       completion_length=length,
       block_length=block,
       steps=steps,
@@ -162,7 +162,7 @@ class Session:
       threshold=given.get("threshold"),
     )
     try:
-      sampler.validate(settings)
+      sampling.validate(settings)
     except ValueError as error:
       text = str(error).replace("sampler.", "").replace("_length", "")
       raise ValueError(text.replace("completion", "length")) from error
@@ -322,10 +322,10 @@ def _sampler(config, settings, tell: Callable):
   import jax
 
   from rspo_jax import api
-  from rspo_jax.models import transformer
-  from rspo_jax.sampling import sampler
+  from rspo_jax.models import functions
+  from rspo_jax.sampling.denoise import denoise
 
-  denoise_fn = transformer.make_denoise_fn(config)
+  denoise_fn = functions.make_denoise_fn(config)
 
   def watched(params, tokens, *rest):
     jax.debug.callback(tell, tokens[0], ordered=True)
@@ -334,7 +334,7 @@ def _sampler(config, settings, tell: Callable):
   @jax.jit
   def run(params, canvas, mask, seed):
     with api.precision(config):
-      return sampler.denoise(
+      return denoise(
         watched,
         params,
         canvas,

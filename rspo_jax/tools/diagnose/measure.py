@@ -13,7 +13,7 @@ import numpy as np
 
 from rspo_jax.algorithm import advantages, likelihood, streams
 from rspo_jax.devices import sharding
-from rspo_jax.models import transformer
+from rspo_jax.models import functions
 from rspo_jax.run import data, rollout
 from rspo_jax.run import settings as settings_lib
 
@@ -128,7 +128,7 @@ class Bench:
     config = self.config
     if dtype is not None:
       config = dataclasses.replace(config, compute_dtype=dtype)
-    logprob_fn = transformer.make_logprob_fn(config)
+    logprob_fn = functions.make_logprob_fn(config)
     batch, mask_id = self.batch, config.mask_id
 
     @jax.jit
@@ -161,7 +161,7 @@ class Bench:
     length = scored.shape[1]
     scope = self.program.settings.likelihood.scope
     masks = all_masks(scored, self.batch.tokens.shape[1] - length, scope)
-    logprob_fn = transformer.make_logprob_fn(self.config)
+    logprob_fn = functions.make_logprob_fn(self.config)
 
     @jax.jit
     def score(params, tokens, token_mask, masks):

@@ -1,43 +1,22 @@
-"""The sampler against recordings, hand-made loops and its own invariants."""
+"""The driver against loops written by hand and its own invariants."""
 
 import functools
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
+import naive_decoding
 import numpy as np
 import pytest
+from naive_decoding import EOS, EOT, MASK, VOCAB
 
-from rspo_jax.models import checkpoints, families, transformer
-from rspo_jax.sampling import sampler, sampler_settings
+from rspo_jax.models import families, functions
+from rspo_jax.models.cache import CACHES
+from rspo_jax.sampling import denoise as driver
+from rspo_jax.sampling import schedules
+from rspo_jax.sampling.settings import SamplerSettings
 
-MASK, EOS, EOT, VOCAB = 29, 28, 27, 30
-
-LLADA_CASES = (
-  "v01_full_block", "v02_semi_ar", "v03_batch3_two_per_step",
-  "v04_uneven_steps", "v05_uneven_blocks", "v06_cfg1", "v07_cfg05_batch",
-  "v08_leftpad_batch", "v09_cfg_leftpad", "v10_gumbel", "v11_random_remask",
-  "v12_steps_exceed_block", "v13_prompt_has_masks", "v14_logits_eos_inf",
-  "v15_conf_eos_eot_inf", "v16_gqa", "v17_leftover_mask", "v20_fast_plain",
-  "v21_fast_plain_thr", "v22_fast_prefix", "v23_fast_prefix_thr",
-  "v24_fast_dual", "v25_fast_dual_thr", "v26_fast_dual_gqa_thr",
-  "v27_fast_prefix_thr_low",
-)  # fmt: skip
-DREAM_CASES = (
-  "d01_maskgit_plus", "d02_entropy", "d03_topk_margin_batch",
-  "d04_entropy_leftpad", "d05_origin", "d06_entropy_topk_default",
-  "d07_maskgit_topp",
-)  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-  """Most of this file's time is compilation of tiny programs."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 
 
 # --- A denoiser that numpy can follow ---------------------------------------
@@ -76,7 +55,7 @@ def no_mask_tables():
 
 
 def settings_of(length=12, block=4, steps=6, **options):
-  return sampler.SamplerSettings(length, block, steps, **options)
+  return SamplerSettings(length, block, steps, **options)
 
 
 def canvas_of(rows=3, prompt=5, length=12, seed=0):
@@ -92,7 +71,7 @@ def canvas_of(rows=3, prompt=5, length=12, seed=0):
 def run_denoise(params, canvas, token_mask, key, rows, **options):
   fn, settings = options.pop("fn"), options.pop("settings")
   ids = {"mask_id": MASK, "eos_id": EOS, "eot_id": EOT}
-  return sampler.denoise(
+  return driver.denoise(
     fn, params, canvas, token_mask, key, settings, rows=rows, **ids, **options
   )
 
@@ -101,7 +80,7 @@ def denoise(
   canvas, settings, params=None, token_mask=None, seed=0, rows=None,
   fn=fake_denoise_fn, **options,
 ):  # fmt: skip
-  """`sampler.denoise` of the fake model, compiled, results as numpy."""
+  """`driver.denoise` of the fake model, compiled, results as numpy."""
   params = no_mask_tables() if params is None else params
   if token_mask is None:
     token_mask = np.ones(canvas.shape, bool)
@@ -141,9 +120,6 @@ def numpy_greedy(params, canvas, length, block, steps):
   return canvas
 
 
-# --- Pieces -----------------------------------------------------------------
-
-
 def test_completion_mask_ends_with_the_first_eos():
   completion = jnp.array(
     [
@@ -154,98 +130,9 @@ def test_completion_mask_ends_with_the_first_eos():
     ]
   )
   want = [[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
-  mask = sampler.completion_mask(completion, EOS)
+  mask = driver.completion_mask(completion, EOS)
   assert mask.dtype == bool
   np.testing.assert_array_equal(mask, np.array(want, bool))
-
-
-def test_ranks_give_ties_to_the_lowest_index():
-  confidence = jnp.array([[0.5, 0.9, 0.5, 0.9, -jnp.inf, -jnp.inf]])
-  every = jnp.ones((1, 6), bool)
-  found = sampler.ranks(confidence, every)
-  np.testing.assert_array_equal(found, [[2, 0, 3, 1, 4, 5]])
-
-
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 13])
-def test_quotas_are_even_with_the_remainder_first(steps):
-  settings = settings_of(16, 16, steps)
-  for masks in range(17):
-    remaining = jnp.array([masks])
-    spent = []
-    for step in range(steps):
-      quota = sampler.even_quota(remaining, step, None, settings)
-      spent.append(int(quota[0]))
-      remaining = remaining - quota
-    base, rest = divmod(masks, steps)
-    assert spent == [base + 1] * rest + [base] * (steps - rest)
-
-
-def test_gumbel_argmax_draws_from_the_tempered_softmax():
-  logits = np.array([1.0, 0.0, -1.0, 2.5], np.float32)
-  temperature, draws = 0.7, 40_000
-  uniform = jax.random.uniform(jax.random.key(0), (draws, 4))
-  noise = sampler.gumbel(uniform)
-  tokens = sampler.gumbel_argmax(jnp.asarray(logits), noise, temperature)
-  share = np.bincount(tokens, minlength=4) / draws
-  p = np.exp(logits / temperature)
-  p /= p.sum()
-  # Five standard errors of a share.
-  assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / draws)).all()
-
-
-def test_the_best_noise_of_a_large_vocabulary_lies_on_no_grid():
-  # Of V tokens the best has an exponential e = exp(-noise) of about 1 / V; in
-  # steps of 2**-23 the tail of a distribution would be drawn too seldom.
-  vocab, rows = 126_464, np.arange(32)
-  noise = sampler._drawn(
-    sampler._gumbel_draw, jax.random.key(6), sampler.TOKENS, 0, rows,
-    np.arange(4), vocab,
-  )  # fmt: skip
-  best = np.asarray(jax.lax.top_k(noise.reshape(-1, vocab), 2)[0], np.float64)
-  e = np.exp(-best)
-  # e_1 V is exponential, and so is its distance to e_2 V: 256 numbers.
-  waits = np.diff(e * vocab, axis=1, prepend=0).reshape(-1)
-  for uniform in (np.exp(-waits), e.reshape(-1) * 2**23 % 1):
-    counts = np.histogram(uniform, bins=8, range=(0, 1))[0]
-    expected = len(uniform) / 8
-    # One in 10,000 of the chi-squares with 7 degrees of freedom is above 29.9.
-    assert ((counts - expected) ** 2 / expected).sum() < 29.9, counts
-
-
-def test_gumbel_argmax_survives_logits_whose_exponential_overflows():
-  logits = jnp.array([500.0, 499.0, -500.0])
-  uniform = jnp.array([[0.01, 0.99, 0.5], [0.0, 0.5, 0.5]])
-  # 500 - log(4.6) against 499 - log(.01); u = 0 is as low as noise can be.
-  tokens = sampler.gumbel_argmax(logits, sampler.gumbel(uniform), 1.0)
-  np.testing.assert_array_equal(tokens, [1, 1])
-
-
-@pytest.mark.parametrize("top_p,top_k", [(0.6, None), (None, 3), (0.9, 2)])
-def test_filters_keep_the_nucleus_and_then_the_k_best(top_p, top_k):
-  logits = np.random.default_rng(1).normal(size=(20, 9)).astype(np.float32)
-  out = np.asarray(sampler.filter_logits(jnp.asarray(logits), top_p, top_k))
-  for row, filtered in zip(logits, out, strict=True):
-    order = sorted(range(9), key=lambda t: -row[t])
-    if top_p is not None:
-      p = np.exp(row.astype(np.float64))
-      p /= p.sum()
-      before = np.cumsum([0.0] + [p[t] for t in order[:-1]])
-      order = [
-        t for t, mass in zip(order, before, strict=True) if mass <= top_p
-      ]
-    order = order[:top_k]
-    kept = set(np.flatnonzero(filtered > -1e30))
-    assert kept == set(order)
-    np.testing.assert_array_equal(filtered[order], row[order])
-
-
-def test_threshold_takes_all_that_reach_it_and_always_the_best():
-  confidence = jnp.array([[0.9, 0.8, 0.3, 0.99], [0.1, 0.3, 0.2, 0.9]])
-  eligible = jnp.array([[1, 1, 1, 0], [1, 1, 1, 0]], bool)
-  settings = settings_of(threshold=0.8)
-  chosen = sampler.select_by_threshold(confidence, eligible, None, settings)
-  want = [[True, True, False, False], [False, True, False, False]]
-  np.testing.assert_array_equal(chosen, want)
 
 
 def test_a_threshold_above_one_commits_the_best_position_at_each_step():
@@ -256,40 +143,6 @@ def test_a_threshold_above_one_commits_the_best_position_at_each_step():
   np.testing.assert_array_equal(
     np.sort(out.commit_step, axis=1), np.tile(np.arange(12), (2, 1))
   )
-
-
-@pytest.mark.parametrize("factor", [0.2, 1.0, 1.7])
-def test_factor_scans_ranks_until_the_first_that_fails(factor):
-  rng = np.random.default_rng(2)
-  confidence = rng.uniform(0.3, 1, (200, 6)).astype(np.float32)
-  eligible = rng.uniform(size=(200, 6)) < 0.7
-  settings = settings_of(factor=factor)
-  chosen = np.asarray(
-    sampler.select_by_factor(
-      jnp.asarray(confidence), jnp.asarray(eligible), None, settings
-    )
-  )
-  for row in range(200):
-    order = sorted(
-      np.flatnonzero(eligible[row]), key=lambda p: -confidence[row, p]
-    )
-    count = min(1, len(order))
-    while 0 < count < len(order) and confidence[
-      row, order[count]
-    ] >= 1 - factor / (count + 2):
-      count += 1
-    if count == len(order) - 1:
-      count += 1  # the scan's last rank is taken whether it passes or not
-    assert set(np.flatnonzero(chosen[row])) == set(order[:count])
-
-
-@pytest.mark.parametrize("steps", [1, 7, 16, 100])
-def test_dream_shares_reveal_everything_on_average(steps):
-  shares = sampler.dream_shares(steps, 1e-3)
-  assert shares.dtype == np.float32 and shares[-1] == 1
-  times = np.linspace(1, 1e-3, steps + 1)
-  want = 1 - times[1:] / times[:-1]
-  np.testing.assert_allclose(shares[:-1], want[:-1], rtol=1e-4)
 
 
 # --- Invariants of the whole loop -------------------------------------------
@@ -442,7 +295,7 @@ def test_stopping_at_eos_keeps_the_scored_part_and_saves_calls(threshold):
   run = functools.partial(denoise, canvas, fn=ending_fn)
   whole = run(settings_of(**options))
   stopped = run(settings_of(stop_at_eos=True, **options))
-  scored = np.asarray(sampler.completion_mask(whole.tokens[:, 5:], EOS))
+  scored = np.asarray(driver.completion_mask(whole.tokens[:, 5:], EOS))
   assert not scored.all(axis=1).any(), "every row should end early here"
   got, want = stopped.tokens[:, 5:], whole.tokens[:, 5:]
   np.testing.assert_array_equal(got[scored], want[scored])
@@ -491,11 +344,6 @@ def test_left_padding_changes_no_sample_of_adaptive_rows():
   np.testing.assert_array_equal(out.tokens[:, 4:], plain.tokens)
 
 
-def test_the_names_of_the_settings_are_those_that_are_implemented():
-  assert set(sampler_settings.ALGORITHMS) == set(sampler.ALGORITHMS)
-  assert set(sampler_settings.REMASKING) == set(sampler.REMASKING)
-
-
 @pytest.mark.parametrize(
   "algorithm", ["maskgit_plus", "topk_margin", "entropy", "origin"]
 )
@@ -525,7 +373,7 @@ def filled_canvas(kind, rows=16):
 
 
 SCHEMES = [
-  *({"algorithm": name} for name in sampler_settings.ALGORITHMS),
+  *({"algorithm": name} for name in schedules.ALGORITHMS),
   {"threshold": 0.4},
   {"factor": 1.2},
 ]
@@ -550,7 +398,7 @@ def test_a_completion_is_full_at_the_end(scheme, stop, cache):
     out = denoise(canvas, settings, fn=ending_fn)
     assert (out.tokens != MASK).all(), kind
     given = canvas != MASK
-    scored = np.asarray(sampler.completion_mask(out.tokens[:, 5:], EOS))
+    scored = np.asarray(driver.completion_mask(out.tokens[:, 5:], EOS))
     after = np.pad(~scored, ((0, 0), (5, 0))) & stop
     kept = given & ~after
     np.testing.assert_array_equal(out.tokens[kept], canvas[kept])
@@ -572,50 +420,6 @@ def test_rows_with_other_mask_counts_do_not_change_a_row(algorithm, stop):
   np.testing.assert_array_equal(apart.commit_step, together.commit_step[some])
 
 
-@pytest.mark.parametrize("steps", [1, 5, 12, 30])
-def test_dream_quotas_of_rows_alike_are_those_of_the_batch_mean(steps):
-  # The reference: floor(masks of the batch / rows * share), in float32.
-  settings = settings_of(12, 12, steps, algorithm="entropy")
-  shares = sampler.dream_shares(steps, settings.time_epsilon)
-  for masks, step in itertools.product(range(13), range(steps)):
-    eligible = np.tile(np.arange(12) < masks, (7, 1))
-    mean = np.float32(eligible.sum()) / np.float32(7)
-    want = np.floor(mean * shares[step])
-    quota = sampler.ALGORITHMS["entropy"].quota(None, step, eligible, settings)
-    np.testing.assert_array_equal(quota, np.full(7, want))
-
-
-@pytest.mark.parametrize("order_temperature", [0.5, 1e-3])
-def test_a_draw_of_nought_ranks_no_masked_position_behind_a_full_one(
-  order_temperature,
-):
-  settings = settings_of(
-    12, 12, 5, algorithm="entropy", order_temperature=order_temperature
-  )
-  draws = sampler._Draws(None, None, lambda: sampler.gumbel(jnp.zeros((2, 6))))
-  drawn = sampler._drawn_order(jnp.ones((2, 6)), settings, draws)
-  assert np.isfinite(drawn).all()
-  eligible = np.array([[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 1]], bool)
-  for confidence in (drawn, jnp.full((2, 6), -jnp.inf)):
-    chosen = sampler.select_by_quota(
-      confidence, eligible, np.array([2, 1]), settings
-    )
-    want = [[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(chosen, np.array(want, bool))
-
-
-def test_drawn_orders_follow_their_softmax():
-  # One of three positions with confidences 0, 1, 2 at temperature 0.8.
-  confidence = np.tile(np.arange(3, dtype=np.float32), (30_000, 1))
-  settings = settings_of(12, 12, 5, algorithm="entropy", order_temperature=0.8)
-  noise = jax.random.gumbel(jax.random.key(5), confidence.shape)
-  draws = sampler._Draws(None, None, lambda: noise)
-  drawn = sampler._drawn_order(jnp.asarray(confidence), settings, draws)
-  share = np.bincount(np.argmax(drawn, axis=1), minlength=3) / len(confidence)
-  p = np.exp(confidence[0] / 0.8)
-  np.testing.assert_allclose(share, p / p.sum(), atol=0.015)
-
-
 def test_one_compilation_serves_every_call():
   settings = settings_of()
   traces = []
@@ -624,7 +428,7 @@ def test_one_compilation_serves_every_call():
   def run(params, canvas, key):
     traces.append(1)
     mask = jnp.ones(canvas.shape, bool)
-    return sampler.denoise(
+    return driver.denoise(
       fake_denoise_fn, params, canvas, mask, key, settings, mask_id=MASK
     )
 
@@ -636,18 +440,9 @@ def test_one_compilation_serves_every_call():
 # --- With the transformer: caches -------------------------------------------
 
 
-@functools.cache
-def tiny_model(family="llada", kv_heads=2):
-  config = families.ModelConfig(
-    family=family, vocab_size=VOCAB, width=16, layers=2, heads=4,
-    kv_heads=kv_heads, mlp_width=24, rope_theta=1e4, norm_eps=1e-6,
-    mask_id=MASK, eos_id=EOS, pad_id=EOS, max_length=64,
-    qkv_bias=family == "dream", logit_shift=family == "dream",
-  )  # fmt: skip
-  params = transformer.init(config, jax.random.key(3))
-  # Logits of spread 1 or more: confidences far from ties.
-  params = jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, params)
-  return transformer.make_denoise_fn(config), params
+def tiny_model(family="llada"):
+  config, params = naive_decoding.tiny_model(family)
+  return functions.make_denoise_fn(config), params
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
@@ -661,8 +456,8 @@ def test_a_window_over_unchanged_tokens_gives_the_full_logits(family, kind):
 
   @jax.jit
   def run(params, canvas, mask):
-    full, _ = fn(params, canvas, mask, None, start, 4)
-    filled, cache = fn(params, canvas, mask, kind, start, 4)
+    full, _ = fn(params, canvas, mask, CACHES["none"](), start, 4)
+    filled, cache = fn(params, canvas, mask, CACHES[kind](), start, 4)
     return full, filled, fn(params, canvas, mask, cache, start, 4)[0]
 
   full, filled, window = run(params, canvas, mask)
@@ -675,7 +470,8 @@ def test_a_cached_window_sees_its_own_new_tokens(family):
   fn, params = tiny_model(family)
   canvas = canvas_of()
   mask = np.ones(canvas.shape, bool)
-  fill = jax.jit(lambda canvas: fn(params, canvas, mask, "dual", 9, 4))
+  dual = CACHES["dual"]()
+  fill = jax.jit(lambda canvas: fn(params, canvas, mask, dual, 9, 4))
   step = jax.jit(lambda canvas, cache: fn(params, canvas, mask, cache, 9, 4))
   _, cache = fill(canvas)
   before, _ = step(canvas, cache)
@@ -735,183 +531,3 @@ def test_cached_blocks_that_are_given_cost_no_call():
     out = denoise(canvas, settings, params, fn=fn)
     assert int(out.denoiser_calls) == 3
     np.testing.assert_array_equal(out.tokens[:, :11], canvas[:, :11])
-
-
-# --- Recordings of the reference programs -----------------------------------
-
-
-@functools.cache
-def recorded_model(folder):
-  model = checkpoints.load_model(folder)
-  return transformer.make_denoise_fn(model.config), model.params
-
-
-def recorded(shared, group, name):
-  """One recorded case: its description, arrays, canvas and token mask."""
-  folder = shared / "fixtures" / group
-  cases = json.loads((folder / "cases.json").read_text())
-  case = next(c for c in cases if c["name"] == name)
-  arrays = np.load(folder / case["file"])
-  options = case.get("effective", case["options"])
-  length = options.get("gen_length", options.get("max_new_tokens"))
-  mask_id = case.get("mask_id", case["options"].get("mask_token_id"))
-  prompt = arrays["prompt"]
-  canvas = np.pad(prompt, ((0, 0), (0, length)), constant_values=mask_id)
-  token_mask = np.ones(canvas.shape, bool)
-  if "attention_mask" in arrays:
-    token_mask[:, : prompt.shape[1]] = arrays["attention_mask"] == 1
-  model = recorded_model(shared / "fixtures" / "models" / case["model"])
-  return case, options, arrays, canvas, token_mask, mask_id, model
-
-
-def decode(model, canvas, token_mask, settings, noise=None, **ids):
-  fn, params = model
-
-  @jax.jit
-  def run(params, canvas, token_mask, noise):
-    return sampler.denoise(
-      fn, params, canvas, token_mask, jax.random.key(0), settings,
-      noise=noise, **ids,
-    )  # fmt: skip
-
-  with jax.default_matmul_precision("highest"):
-    return jax.tree.map(np.asarray, run(params, canvas, token_mask, noise))
-
-
-def canvas_before(call, canvas, out, prompt_length, mask_id):
-  """The sequence that a call saw, from what was committed before it."""
-  seen = canvas.copy()
-  old = out.commit_step < call
-  seen[:, prompt_length:] = np.where(
-    old, out.tokens[:, prompt_length:], mask_id
-  )
-  return seen
-
-
-@pytest.mark.parametrize("name", LLADA_CASES)
-def test_recorded_llada_and_fast_dllm(shared, name):
-  case, options, arrays, canvas, token_mask, mask_id, model = recorded(
-    shared, "sampler", name
-  )
-  cache = {"fast_prefix": "prefix", "fast_dual": "dual"}
-  settings = sampler.SamplerSettings(
-    completion_length=options["gen_length"],
-    block_length=options["block_length"],
-    steps=options["steps"],
-    temperature=options["temperature"],
-    remasking=options["remasking"],
-    cfg_scale=options.get("cfg_scale", 0.0),
-    cache=cache.get(case["algo"], "none"),
-    threshold=options.get("threshold"),
-    mask_policy="compete",
-    logits_eos_inf=options.get("logits_eos_inf", False),
-    confidence_eos_eot_inf=options.get("confidence_eos_eot_inf", False),
-  )
-  noise = sampler.Noise(
-    tokens=arrays.get("noise_logits"), positions=arrays.get("noise_pos")
-  )
-  if "uniform_noise" in arrays:
-    uniform = arrays["uniform_noise"]
-    field = "tokens" if uniform.ndim == 4 else "positions"
-    noise = noise.replace(**{field: uniform})
-  out = decode(
-    model, canvas, token_mask, settings, noise, mask_id=mask_id,
-    eos_id=case.get("eos_id"), eot_id=case.get("eot_id"),
-  )  # fmt: skip
-  np.testing.assert_array_equal(out.tokens, arrays["output"])
-  assert int(out.denoiser_calls) == case["nfe"]
-  prompt_length = case["prompt_len"]
-  see = functools.partial(
-    canvas_before, canvas=canvas, out=out, prompt_length=prompt_length,
-    mask_id=mask_id,
-  )  # fmt: skip
-  for call, want in enumerate(arrays.get("steps_x", [])):
-    got = see(call)[:, prompt_length:]
-    np.testing.assert_array_equal(got, want[:, prompt_length:])
-  block = -1
-  for call, length in enumerate(arrays.get("call_lengths", [])):
-    block += length == canvas.shape[1]
-    seen = see(call)[0]
-    if settings.cache == "dual" and length < len(seen):
-      start = prompt_length + block * settings.block_length
-      seen = seen[start : start + length]
-    want = arrays["call_inputs_left_aligned"][call, :length]
-    np.testing.assert_array_equal(seen[-length:], want)
-
-
-@pytest.mark.parametrize("name", DREAM_CASES)
-def test_recorded_dream(shared, name):
-  case, options, arrays, canvas, token_mask, mask_id, model = recorded(
-    shared, "dream_sampler", name
-  )
-  length = options["max_new_tokens"]
-  settings = sampler.SamplerSettings(
-    completion_length=length,
-    block_length=length,
-    steps=options["steps"],
-    temperature=options["temperature"],
-    algorithm=options["alg"],
-    top_p=options["top_p"],
-    top_k=options["top_k"],
-    time_epsilon=options["eps"],
-    order_temperature=options["alg_temp"] or 0.0,
-    mask_policy="compete",
-  )
-  noise = sampler.Noise(masked=arrays.get("uniform_noise"))
-  out = decode(model, canvas, token_mask, settings, noise, mask_id=mask_id)
-  np.testing.assert_array_equal(out.tokens, arrays["output"])
-  for step, want in enumerate(arrays["steps_x"]):
-    seen = canvas_before(step + 1, canvas, out, case["prompt_len"], mask_id)
-    np.testing.assert_array_equal(seen, want)
-
-
-# --- Mistakes ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-  "options,message",
-  [
-    ({"length": 256, "block": 32, "steps": 100}, "steps=100.*=8; use 96 or 104"),
-    ({"length": 24, "block": 4, "steps": 3}, "steps=3 .*=6; use 6"),
-    ({"length": 12, "block": 5}, "block_length=5 must divide.*=12; use 4 or 6"),
-    ({"length": 0}, "completion_length=0 must be a whole number"),
-    ({"steps": 2.5}, "steps=2.5 must be a whole number"),
-    ({"temperature": -1.0}, "temperature=-1.0 must be 0 or more"),
-    ({"temperature": float("nan")}, "temperature=nan"),
-    ({"remasking": "best"}, "'best' must be one of low_confidence, random"),
-    ({"algorithm": "greedy"}, "'greedy' must be one of llada, maskgit_plus"),
-    ({"cache": "full"}, "'full' must be one of none, prefix, dual"),
-    ({"mask_policy": "x"}, "'x' must be one of forbid, compete"),
-    ({"top_p": 0.9}, "top_p=0.9 needs one of Dream's"),
-    ({"algorithm": "entropy", "top_p": 0.0}, "top_p=0.0 must lie in"),
-    ({"algorithm": "entropy", "top_k": 0}, "top_k=0 must be a whole number of at least 1"),
-    ({"algorithm": "entropy", "threshold": 0.9}, "threshold=0.9 needs algor"),
-    ({"algorithm": "origin", "remasking": "random"}, "needs algorithm='llada'"),
-    ({"threshold": 0.0}, "threshold=0.0 must be positive"),
-    ({"threshold": 0.9, "factor": 1.0}, "exclude each other"),
-    ({"factor": 0.0}, "factor=0.0 must be positive"),
-    ({"threshold": 0.9, "remasking": "random"}, "compares probabilities"),
-    ({"cache": "dual", "cfg_scale": 1.0}, "cache='dual' does not work with"),
-    ({"order_temperature": 1.0}, "order_temperature=1.0 needs one of Dream's"),
-    ({"time_epsilon": 0.0}, "time_epsilon=0.0 must lie between"),
-  ],
-)  # fmt: skip
-def test_settings_that_do_not_fit_are_refused_with_a_remedy(options, message):
-  with pytest.raises(ValueError, match=message):
-    sampler.validate(settings_of(**options))
-
-
-@pytest.mark.parametrize(
-  "options,call,message",
-  [
-    ({}, {"canvas_shape": (2, 8)}, "cannot hold .*completion_length=12"),
-    ({"stop_at_eos": True}, {}, "need eos_id"),
-    ({"confidence_eos_eot_inf": True}, {"eos_id": 1}, "needs eot_id"),
-    ({}, {"first_block": 3}, "first_block=3.* 3 blocks with 2 steps"),
-    ({}, {"first_step": 2}, "first_step=2 must lie inside"),
-  ],
-)
-def test_calls_that_do_not_fit_are_refused(options, call, message):
-  call = {"canvas_shape": (2, 20), **call}
-  with pytest.raises(ValueError, match=message):
-    sampler.check_call(settings_of(**options), **call)

@@ -6,11 +6,12 @@ Without JAX, so that a command with a mistake is refused in a moment.
 import dataclasses
 import numbers
 
+# Keys of the dicts of these names, which implement them with JAX: in
+# models/cache.py, proposals.py and schedules.py.
 CACHES = ("none", "prefix", "dual")
-MASK_POLICIES = ("forbid", "compete")
-# Keys of the dicts of these names in sampler.py, which implement them.
 REMASKING = ("low_confidence", "random")
 ALGORITHMS = ("llada", "maskgit_plus", "topk_margin", "entropy", "origin")
+MASK_POLICIES = ("forbid", "compete")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,12 +89,14 @@ def _require(condition: bool, message: str) -> None:
     raise ValueError(message)
 
 
-def _one_of(name: str, value, choices) -> None:
-  """Raises unless value is one of the choices, which it names."""
-  known = ", ".join(choices)
-  _require(
-    value in choices, f"sampler.{name}={value!r} must be one of {known}."
-  )
+def _is_number(value, above=0, below=float("inf")) -> bool:
+  """Whether a value is a number in (above, below)."""
+  return isinstance(value, numbers.Real) and above < value < below
+
+
+def _is_count(value) -> bool:
+  """Whether a value is a whole number of at least 1."""
+  return isinstance(value, numbers.Integral) and value >= 1
 
 
 def validate(settings: SamplerSettings) -> None:
@@ -103,40 +106,20 @@ def validate(settings: SamplerSettings) -> None:
     ValueError: naming the value and what to use instead.
   """
   s = settings
-  for name in ("completion_length", "block_length", "steps"):
+  _validate_lengths(s)
+  for name, known in (
+    ("algorithm", ALGORITHMS),
+    ("remasking", REMASKING),
+    ("cache", CACHES),
+    ("mask_policy", MASK_POLICIES),
+  ):
     value = getattr(s, name)
-    _require(
-      isinstance(value, numbers.Integral) and value >= 1,
-      f"sampler.{name}={value!r} must be a whole number of at least 1.",
-    )
-  if s.completion_length % s.block_length:
-    near = [
-      d
-      for d in range(1, s.completion_length + 1)
-      if s.completion_length % d == 0
-    ]
-    near = sorted(near, key=lambda d: abs(d - s.block_length))[:2]
-    raise ValueError(
-      f"sampler.block_length={s.block_length} must divide "
-      f"completion_length={s.completion_length}; use "
-      f"{' or '.join(map(str, sorted(near)))}."
-    )
-  if s.steps % s.blocks:
-    below = s.steps // s.blocks * s.blocks
-    options = [below, below + s.blocks] if below else [s.blocks]
-    raise ValueError(
-      f"sampler.steps={s.steps} must be a multiple of "
-      f"completion_length/block_length={s.blocks}; use "
-      f"{' or '.join(map(str, options))}."
-    )
-  _one_of("algorithm", s.algorithm, ALGORITHMS)
-  _one_of("remasking", s.remasking, REMASKING)
-  _one_of("cache", s.cache, CACHES)
-  _one_of("mask_policy", s.mask_policy, MASK_POLICIES)
+    text = f"sampler.{name}={value!r} must be one of {', '.join(known)}."
+    _require(value in known, text)
   for name in ("temperature", "cfg_scale", "order_temperature"):
     value = getattr(s, name)
     _require(
-      isinstance(value, numbers.Real) and 0 <= value < float("inf"),
+      value == 0 or _is_number(value),
       f"sampler.{name}={value!r} must be 0 or more and finite.",
     )
   _require(
@@ -144,7 +127,7 @@ def validate(settings: SamplerSettings) -> None:
     f"sampler.time_epsilon={s.time_epsilon} must lie between 0 and 1; "
     "Dream uses 0.001.",
   )
-  _validate_algorithm(s)
+  (_validate_llada if s.algorithm == "llada" else _validate_dream)(s)
   _validate_adaptive(s)
   _require(
     s.cache == "none" or s.cfg_scale == 0,
@@ -153,44 +136,67 @@ def validate(settings: SamplerSettings) -> None:
   )
 
 
-def _validate_algorithm(s: SamplerSettings) -> None:
-  """Options that only LLaDA's, or only Dream's, algorithms have."""
-  if s.algorithm == "llada":
-    for name in ("top_p", "top_k"):
-      value = getattr(s, name)
-      _require(
-        value is None,
-        f"sampler.{name}={value} needs one of Dream's algorithms; switch it "
-        "off, or use algorithm='maskgit_plus'.",
-      )
+def _validate_lengths(s: SamplerSettings) -> None:
+  """Whole numbers that divide each other."""
+  for name in ("completion_length", "block_length", "steps"):
+    value = getattr(s, name)
+    text = f"sampler.{name}={value!r} must be a whole number of at least 1."
+    _require(_is_count(value), text)
+  length, block = s.completion_length, s.block_length
+  divisors = [d for d in range(1, length + 1) if length % d == 0]
+  near = sorted(divisors, key=lambda d: abs(d - block))[:2]
+  _require(
+    block in divisors,
+    f"sampler.block_length={block} must divide completion_length={length}; "
+    f"use {' or '.join(map(str, sorted(near)))}.",
+  )
+  below = s.block_steps * s.blocks
+  near = [below, below + s.blocks] if below else [s.blocks]
+  _require(
+    s.steps == below,
+    f"sampler.steps={s.steps} must be a multiple of "
+    f"completion_length/block_length={s.blocks}; use "
+    f"{' or '.join(map(str, near))}.",
+  )
+
+
+def _validate_llada(s: SamplerSettings) -> None:
+  """Options that only Dream's algorithms have."""
+  for name in ("top_p", "top_k"):
+    value = getattr(s, name)
     _require(
-      s.order_temperature == 0,
-      f"sampler.order_temperature={s.order_temperature} needs one of Dream's "
-      "algorithms; use 0.",
+      value is None,
+      f"sampler.{name}={value} needs one of Dream's algorithms; switch it "
+      "off, or use algorithm='maskgit_plus'.",
     )
-  else:
-    wrong = {
-      "remasking": s.remasking != "low_confidence",
-      "logits_eos_inf": s.logits_eos_inf,
-      "confidence_eos_eot_inf": s.confidence_eos_eot_inf,
-    }
-    for name, given in wrong.items():
-      _require(
-        not given,
-        f"sampler.{name}={getattr(s, name)!r} needs algorithm='llada', not "
-        f"{s.algorithm!r}.",
-      )
-    if s.top_p is not None:
-      _require(
-        isinstance(s.top_p, numbers.Real) and 0 < s.top_p <= 1,
-        f"sampler.top_p={s.top_p!r} must lie in (0, 1]; 1 keeps all.",
-      )
-    if s.top_k is not None:
-      _require(
-        isinstance(s.top_k, numbers.Integral) and s.top_k >= 1,
-        f"sampler.top_k={s.top_k!r} must be a whole number of at least 1; "
-        "None keeps all.",
-      )
+  _require(
+    s.order_temperature == 0,
+    f"sampler.order_temperature={s.order_temperature} needs one of Dream's "
+    "algorithms; use 0.",
+  )
+
+
+def _validate_dream(s: SamplerSettings) -> None:
+  """Options that only LLaDA's algorithm has, and Dream's filters."""
+  for name, neutral in (
+    ("remasking", "low_confidence"),
+    ("logits_eos_inf", False),
+    ("confidence_eos_eot_inf", False),
+  ):
+    value = getattr(s, name)
+    _require(
+      value == neutral,
+      f"sampler.{name}={value!r} needs algorithm='llada', not {s.algorithm!r}.",
+    )
+  _require(
+    s.top_p is None or s.top_p == 1 or _is_number(s.top_p, below=1),
+    f"sampler.top_p={s.top_p!r} must lie in (0, 1]; 1 keeps all.",
+  )
+  _require(
+    s.top_k is None or _is_count(s.top_k),
+    f"sampler.top_k={s.top_k!r} must be a whole number of at least 1; "
+    "None keeps all.",
+  )
 
 
 def _validate_adaptive(s: SamplerSettings) -> None:
@@ -205,7 +211,7 @@ def _validate_adaptive(s: SamplerSettings) -> None:
       f"{s.algorithm!r} has its own schedule: switch {name} off.",
     )
     _require(
-      isinstance(value, numbers.Real) and 0 < value < float("inf"),
+      _is_number(value),
       f"sampler.{name}={value!r} must be positive and finite; None is off.",
     )
     _require(

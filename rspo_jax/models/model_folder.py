@@ -1,4 +1,4 @@
-"""What of a checkpoint's folder is read: its own regular files, within bounds.
+"""The folder of a checkpoint: found, its files read within bounds and written.
 
 A folder from elsewhere is data. A link in it may point anywhere, and what is
 read here is written into exports, which are given away; a pipe or a device
@@ -13,12 +13,14 @@ under a file's name would be read for ever. So:
    they may go back and forth for ever.
 """
 
+import json
 import os
 import pathlib
 import re
 import stat
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from rspo_jax.devices import workers
 from rspo_jax.models.families import CheckpointError
@@ -30,6 +32,75 @@ _LIMITS = workers.Limits(time_s=5.0, memory_bytes=512 << 20)
 
 class CorruptFile(CheckpointError):
   """A file is truncated or not what its name says."""
+
+
+class DuplicateTensor(CheckpointError):
+  """The same tensor, or key of a JSON object, is stored twice."""
+
+
+def resolve_folder(path):
+  """The folder of a path or hub id, downloaded where it must be."""
+  from etils import epath
+
+  folder = epath.Path(path).expanduser()
+  try:
+    if folder.is_dir():
+      return folder
+  except ImportError as error:
+    raise CheckpointError(_no_bucket(path, error)) from error
+  if folder.exists():
+    raise CheckpointError(
+      f"{path} is a file; give the folder that holds config.json and the "
+      "safetensors files."
+    )
+  text = os.fspath(path)
+  first = text.split("/")[0]
+  is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)
+  if not is_hub_id or epath.Path(first).exists():
+    raise CheckpointError(
+      f"{path} does not exist; give the folder of a checkpoint (config.json "
+      "+ safetensors), a gs:// folder, or a hub id owner/name."
+    )
+  try:
+    import huggingface_hub
+  except ImportError as error:
+    raise CheckpointError(
+      f"{path} is no folder here. If it is a hub id, install "
+      "huggingface_hub (pip install huggingface_hub) or download it and give "
+      "the folder."
+    ) from error
+  try:
+    return epath.Path(
+      huggingface_hub.snapshot_download(
+        text,
+        allow_patterns=[
+          "*.json", "*.safetensors", "*.txt", "*.jinja", "*.py",
+        ],
+        etag_timeout=4,
+      )
+    )  # fmt: skip
+  except Exception as error:  # network, authorisation, unknown name
+    raise CheckpointError(
+      f"{path} is no folder here, and fetching it from the hub failed "
+      f"({type(error).__name__}: {str(error)[:200]}); download it where there "
+      "is a network and give the folder."
+    ) from error
+
+
+def make_folder(folder) -> None:
+  """Makes a folder to write into, or says what a bucket needs."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except ImportError as error:
+    raise CheckpointError(_no_bucket(folder, error)) from error
+
+
+def _no_bucket(path, error) -> str:
+  """The message where the library that reaches buckets is not installed."""
+  return (
+    f"{path} lies in a bucket, and what reaches it is not installed ({error}); "
+    "install the extra [gcs], or use a local folder."
+  )
 
 
 def check_regular(file) -> None:
@@ -104,6 +175,45 @@ def _outside(folder, file) -> str | None:
   if any(target.is_relative_to(place) for place in homes):
     return None
   return str(target)
+
+
+def read_config(folder) -> dict[str, Any]:
+  """Reads config.json of a folder, or says why it is no checkpoint."""
+  file = folder / "config.json"
+  if not file.exists():
+    names = sorted(entry.name for entry in folder.iterdir())
+    hint = ""
+    if "adapter_config.json" in names:
+      hint = " It is a PEFT adapter: give the folder of its base model."
+    raise CheckpointError(
+      f"{folder} has no config.json, so it is not a checkpoint in the Hugging "
+      f"Face layout; it holds {names[:8] or 'nothing'}.{hint}"
+    )
+  return parse_json(read_small(file), str(file))
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+  """Parses a JSON object; a key given twice is an error."""
+
+  def unique(pairs):
+    result = {}
+    for key, value in pairs:
+      if key in result:
+        raise DuplicateTensor(f"{where}: {key:.120} is given twice.")
+      result[key] = value
+    return result
+
+  try:
+    value = json.loads(content, object_pairs_hook=unique)
+  except DuplicateTensor:
+    raise
+  except (ValueError, RecursionError) as error:
+    raise CorruptFile(
+      f"{where} is damaged: not valid JSON ({error}); download it again."
+    ) from error
+  if not isinstance(value, dict):
+    raise CorruptFile(f"{where} is damaged: a JSON object is expected.")
+  return value
 
 
 def matching(expression: str, names: Sequence[str]) -> list[str]:

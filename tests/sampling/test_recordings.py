@@ -1,20 +1,37 @@
-"""`generate` against the reference programs' rules, written once more in numpy.
+"""`generate` against the reference programs: recordings, and their rules once more.
 
-Random options, padding, prompts with masks and canvases that are partly filled:
-what the recordings do not hold together.
+In numpy, with random options, padding, prompts with masks and canvases that are
+partly filled: what the recordings do not hold together.
 """
 
 import functools
+import json
 
 import jax
 import naive_decoding
 import numpy as np
 import pytest
+from naive_decoding import EOS, EOT, MASK, VOCAB
 
 import rspo_jax
-from rspo_jax.models import checkpoints, families, transformer
+from rspo_jax.models import checkpoints
 
-VOCAB, MASK, EOS, EOT = 30, 29, 28, 27
+LLADA_CASES = (
+  "v01_full_block", "v02_semi_ar", "v03_batch3_two_per_step",
+  "v04_uneven_steps", "v05_uneven_blocks", "v06_cfg1", "v07_cfg05_batch",
+  "v08_leftpad_batch", "v09_cfg_leftpad", "v10_gumbel", "v11_random_remask",
+  "v12_steps_exceed_block", "v13_prompt_has_masks", "v14_logits_eos_inf",
+  "v15_conf_eos_eot_inf", "v16_gqa", "v17_leftover_mask", "v20_fast_plain",
+  "v21_fast_plain_thr", "v22_fast_prefix", "v23_fast_prefix_thr",
+  "v24_fast_dual", "v25_fast_dual_thr", "v26_fast_dual_gqa_thr",
+  "v27_fast_prefix_thr_low",
+)  # fmt: skip
+DREAM_CASES = (
+  "d01_maskgit_plus", "d02_entropy", "d03_topk_margin_batch",
+  "d04_entropy_leftpad", "d05_origin", "d06_entropy_topk_default",
+  "d07_maskgit_topp",
+)  # fmt: skip
+
 DECODING = (
   "temperature",
   "remasking",
@@ -26,27 +43,77 @@ DECODING = (
   "confidence_eos_eot_inf",
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_fast")
 
-@pytest.fixture(autouse=True, scope="module")
-def compile_fast():
-  """Most of this file's time is compilation of tiny programs."""
-  before = jax.config.read("jax_disable_most_optimizations")
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
+# --- Recordings -------------------------------------------------------------
+
+loaded = functools.cache(checkpoints.load_model)
 
 
-@functools.cache
-def model_of(seed, kv_heads):
-  config = families.ModelConfig(
-    family="llada", vocab_size=VOCAB, width=16, layers=2, heads=4,
-    kv_heads=kv_heads, mlp_width=24, rope_theta=1e4, norm_eps=1e-6,
-    mask_id=MASK, eos_id=EOS, pad_id=EOS, max_length=64,
+def recorded(shared, group, name):
+  """One recorded case: its description, arrays and model."""
+  folder = shared / "fixtures" / group
+  cases = json.loads((folder / "cases.json").read_text())
+  case = next(c for c in cases if c["name"] == name)
+  model = loaded(shared / "fixtures" / "models" / case["model"])
+  return case, np.load(folder / case["file"]), model
+
+
+def canvas_before(call, out, prompt, mask_id):
+  """The sequence that a call saw, from what was committed before it."""
+  completion = out.tokens[:, prompt.shape[1] :]
+  seen = np.where(out.commit_step < call, completion, mask_id)
+  return np.concatenate([prompt, seen], axis=1)
+
+
+@pytest.mark.parametrize("name", LLADA_CASES)
+def test_generate_writes_what_llada_and_fast_dllm_wrote(shared, name):
+  case, arrays, model = recorded(shared, "sampler", name)
+  caches = {"fast_prefix": "prefix", "fast_dual": "dual"}
+  options = {k: v for k, v in case["options"].items() if k != "mask_id"}
+  prompt, mask_id = arrays["prompt"], case["mask_id"]
+  out = rspo_jax.generate(
+    model, prompt, arrays.get("attention_mask"), mask_id=mask_id,
+    noise=arrays.get("uniform_noise"), eos_id=case.get("eos_id"),
+    eot_id=case.get("eot_id"), cache=caches.get(case["algo"], "none"),
+    **options,
   )  # fmt: skip
-  params = transformer.init(config, jax.random.key(seed))
-  # Logits of spread 1 or more: confidences far from ties.
-  params = jax.tree.map(lambda x: x * 12 if x.ndim > 1 else x, params)
-  return checkpoints.Model(config=config, params=params)
+  np.testing.assert_array_equal(out.tokens, arrays["output"])
+  assert out.denoiser_calls == case["nfe"]
+  width = prompt.shape[1]
+  for call, want in enumerate(arrays.get("steps_x", [])):
+    seen = canvas_before(call, out, prompt, mask_id)
+    np.testing.assert_array_equal(seen[:, width:], want[:, width:])
+  block = -1
+  for call, length in enumerate(arrays.get("call_lengths", [])):
+    seen = canvas_before(call, out, prompt, mask_id)[0]
+    block += length == len(seen)
+    if case["algo"] == "fast_dual" and length < len(seen):
+      start = width + block * options["block_length"]
+      seen = seen[start : start + length]
+    want = arrays["call_inputs_left_aligned"][call, :length]
+    np.testing.assert_array_equal(seen[-length:], want)
+
+
+@pytest.mark.parametrize("name", DREAM_CASES)
+def test_generate_writes_what_diffusion_generate_wrote(shared, name):
+  case, arrays, model = recorded(shared, "dream_sampler", name)
+  options = dict(case["effective"])
+  length, algorithm = options.pop("max_new_tokens"), options.pop("alg")
+  prompt = arrays["prompt"]
+  out = rspo_jax.generate(
+    model, prompt, arrays.get("attention_mask"), gen_length=length,
+    block_length=length, algorithm=algorithm,
+    noise=arrays.get("uniform_noise"), **options,
+  )  # fmt: skip
+  np.testing.assert_array_equal(out.tokens, arrays["output"])
+  assert out.denoiser_calls == options["steps"]
+  for step, want in enumerate(arrays["steps_x"]):
+    seen = canvas_before(step + 1, out, prompt, model.config.mask_id)
+    np.testing.assert_array_equal(seen, want)
+
+
+# --- The rules once more ----------------------------------------------------
 
 
 def draw_options(rng):
@@ -106,7 +173,8 @@ def draw_inputs(rng, options, until_full):
 def check(seed):
   """One random call; returns whether it was far enough from ties to tell."""
   rng = np.random.default_rng(seed)
-  model = model_of(int(rng.integers(3)), int(rng.choice([1, 2, 4])))
+  seed, kv_heads = int(rng.integers(3)), int(rng.choice([1, 2, 4]))
+  model = checkpoints.Model(*naive_decoding.tiny_model("llada", seed, kv_heads))
   options, until_full = draw_options(rng)
   prompts, seen, canvas = draw_inputs(rng, options, until_full)
   length, block = options["gen_length"], options["block_length"]
