@@ -217,7 +217,9 @@ def test_an_export_in_float32_computes_what_base_and_adapter_do(
     pair["b"] = rng.normal(0, 0.01, pair["b"].shape).astype(np.float32)
   program = types.SimpleNamespace(
     lora=settings,
-    settings=types.SimpleNamespace(lora={"merge_dtype": merge_dtype}),
+    settings=types.SimpleNamespace(
+      lora=types.SimpleNamespace(merge_dtype=merge_dtype)
+    ),
     model=model,
     frozen=lora.Adapted(model.params),
   )
