@@ -4,8 +4,7 @@
 2. Batches are a Grain `MapDataset` indexed by step: examples are shuffled anew
    each epoch, and the batch of step t is a pure function of (seed, t). The only
    state to save is t.
-3. Each process takes its rows of the global batch: process p of n has rows
-   p*B/n .. (p+1)*B/n - 1, whatever n is.
+3. Each process takes its rows of the global batch (`sharding.Split`).
 4. Prompts are tokenised once, the first time they are met, and kept in one
    array; a prompt that does not fit is found before the first batch.
 
@@ -13,7 +12,6 @@ Axis letters as in the README: B prompts a batch, b of them on this process, P
 prompt length, L completion length.
 """
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,15 +19,11 @@ from typing import Any
 import numpy as np
 
 from rspo_jax.config import schema
-from rspo_jax.datasets import streams
 from rspo_jax.tasks import base
 
 # Above this many, only the prompts with the most characters are tokenised in
 # advance to see whether they fit.
 _CHECKED_PROMPTS = 4096
-
-_STREAM = 0x6F726472  # keeps the order's draws apart from other ones
-_ENDLESS = 2**40  # steps
 
 
 class DataError(ValueError):
@@ -200,40 +194,11 @@ class Prompts:
     return PromptBatch(tokens, mask, picked, self.cut[indices])
 
 
-class _Order:
-  """The endless order of examples: every epoch reads each once.
-
-  An epoch's order is the ranking of random words drawn from (seed, epoch): the
-  same under every version of every library, and cheap for few examples too.
-  """
-
-  def __init__(self, count: int, seed: int, shuffle: bool):
-    self._count, self._seed, self._shuffle = count, seed, shuffle
-    self._recent: dict[int, np.ndarray] = {}
-
-  def _epoch(self, epoch: int) -> np.ndarray:
-    """Returns the order of one epoch: i64 [count]."""
-    if epoch not in self._recent:
-      if len(self._recent) > 1:
-        del self._recent[min(self._recent)]
-      words = streams.raw_words((_STREAM, self._seed, epoch), self._count)
-      self._recent[epoch] = words.argsort(kind="stable")
-    return self._recent[epoch]
-
-  def indices(self, positions: np.ndarray) -> np.ndarray:
-    """Returns the examples at positions counted from the start of the run."""
-    epochs, rows = np.divmod(positions, self._count)
-    if not self._shuffle:
-      return rows
-    found = np.empty(len(rows), np.int64)
-    for epoch in np.unique(epochs).tolist():
-      mine = epochs == epoch
-      found[mine] = self._epoch(epoch)[rows[mine]]
-    return found
-
-
 class Batches:
   """Batches by step: `batches[t]` is a function of (seed, t) alone.
+
+  Grain shuffles the examples anew each epoch and cuts their endless order into
+  batches; `dataset` is the Grain dataset, for those who want to go on from it.
 
   Args:
     make: (indices i64 [b], positions i64 [b]) -> batch; a position counts
@@ -256,6 +221,10 @@ class Batches:
     rows: np.ndarray | None = None,
     shuffle: bool = True,
   ):
+    # Imported here: it takes most of a second, which a first line of output or
+    # a verifier should not wait for.
+    import grain
+
     if batch_size < 1:
       raise DataError(f"batch size {batch_size} must be positive.")
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
@@ -264,34 +233,26 @@ class Batches:
       raise DataError(
         f"row {outside[0]} must be in 0..{batch_size - 1}, the rows of a batch."
       )
-    self._make = make
-    self._batch_size = batch_size
-    self._rows = rows
     if not 0 <= seed < 2**32:
       raise DataError(f"data seed {seed} must be in 0..2^32-1.")
-    self._order = _Order(count, seed, shuffle)
-    # Imported here: it takes most of a second, which a first line of output or
-    # a verifier should not wait for.
-    import grain
 
-    self._dataset = grain.MapDataset.range(_ENDLESS).map(self._batch)
+    def share(step, indices):
+      return make(indices[rows], step * batch_size + rows)
 
-  def _batch(self, step: int):
-    positions = int(step) * self._batch_size + self._rows
-    return self._make(self._order.indices(positions), positions)
+    order = grain.MapDataset.range(count)
+    if shuffle:
+      order = order.shuffle(seed=seed)
+    self.dataset = order.repeat().batch(batch_size).map_with_index(share)
 
   def __getitem__(self, step: int):
     """Returns this process's share of the batch of a step."""
-    if not 0 <= step < _ENDLESS:
-      raise IndexError(f"step {step} must be in 0..{_ENDLESS - 1}")
-    return self._dataset[step]
+    return self.dataset[step]
 
 
 class Ahead:
-  """Batches of which the next one is made while this one is used.
+  """Batches of which the next ones are made while this one is used.
 
-  One thread makes them all, so that what they share needs no lock. Whatever
-  order the steps are asked for in, each is what `batches[step]` is.
+  Whatever order the steps are asked for in, each is what `batches[step]` is.
 
   Args:
     batches: by step.
@@ -299,12 +260,8 @@ class Ahead:
   """
 
   def __init__(self, batches: Batches, steps: int):
-    self._batches = batches
-    self._steps = steps
-    self._thread = concurrent.futures.ThreadPoolExecutor(
-      1, thread_name_prefix="data"
-    )
-    self._next: tuple[int, concurrent.futures.Future] | None = None
+    self._dataset, self._steps = batches.dataset, steps
+    self._iterator, self._next = None, -1
 
   def __getitem__(self, step: int):
     """Returns the batch of a step and begins with the one after it.
@@ -312,19 +269,21 @@ class Ahead:
     Raises:
       DataError: this batch cannot be made; of a later one it comes later.
     """
-    if self._next is None or self._next[0] != step:
-      self._begin(step)
-    batch = self._next[1].result()
-    if step + 1 < self._steps:
-      self._begin(step + 1)
-    return batch
+    import grain
 
-  def _begin(self, step: int) -> None:
-    self._next = step, self._thread.submit(self._batches.__getitem__, step)
+    if step != self._next:
+      self.close()
+      # One thread makes them all, so that what they share needs no lock.
+      options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+      rest = self._dataset[step : self._steps]
+      self._iterator = iter(rest.to_iter_dataset(options))
+    self._next = step + 1
+    return next(self._iterator)
 
   def close(self) -> None:
     """Ends the thread; a batch under way is thrown away."""
-    self._thread.shutdown(wait=True, cancel_futures=True)
+    if self._iterator is not None:
+      self._iterator.close()
 
 
 def prompt_batches(

