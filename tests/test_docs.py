@@ -30,6 +30,8 @@ OTHERS = {
   "scp", "tail", "cat", "squeue", "scancel", "tmux", "sudo", "bash",
 }  # fmt: skip
 
+OTHERS_FILES = {"eval.py"}  # d1's
+
 
 def commands(page):
   """Command lines of a page's bash blocks, each as its words."""
@@ -131,15 +133,26 @@ def test_every_key_that_is_named_exists(page):
       continue
     inside = any(known.startswith(f"{key}.") for known in values)
     opened = key.startswith("task.reward_weights")
-    known = key in values or inside or opened or is_function(match)
+    known = key in values or inside or opened or is_defined(key)
     assert known, f"{page.name}: {code}"
 
 
-def is_function(match):
-  """Whether `data.prompt_batches` means a module's function, not a key."""
-  module = ROOT / "rspo_jax" / f"{match[1]}.py"
-  name = match[2].removeprefix(".")
-  return module.exists() and f"\ndef {name}(" in module.read_text()
+def is_defined(dotted):
+  """Whether `run.data.Batches` means what a module defines, not a key."""
+  *module, name = dotted.split(".")
+  path = (ROOT / "rspo_jax").joinpath(*module).with_suffix(".py")
+  if not path.is_file():
+    return False
+  return re.search(rf"^(?:def|class) {name}\b", path.read_text(), re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_source_file_that_is_named_exists(page):
+  files = [str(path) for path in ROOT.rglob("*.py")]
+  for name in re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text("utf-8")):
+    if name not in OTHERS_FILES and name not in own_files():
+      full = f"{ROOT}/{name}" if name.startswith("tests/") else f"/{name}"
+      assert any(file.endswith(full) for file in files), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
