@@ -200,24 +200,28 @@ def test_the_package_names_its_commands_types_and_licence():
   assert __import__("rspo_jax").__version__ == version
 
 
-def test_an_installed_command_finds_the_configs_from_anywhere(tmp_path):
+@pytest.mark.parametrize(
+  "site", ["lib/python3/site-packages", "."], ids=["prefix or --user", "target"]
+)
+def test_an_installed_command_finds_the_configs_from_anywhere(tmp_path, site):
   # As `pip install .` leaves it: no clone on the path, configs under share/.
   share = tmp_path / "share" / "rspo_jax"
   share.mkdir(parents=True)
   (share / "configs").symlink_to(ROOT / "configs")
-  package = tmp_path / "site"
-  package.mkdir()
+  package = tmp_path / site
+  package.mkdir(parents=True, exist_ok=True)
   (package / "rspo_jax").symlink_to(ROOT / "rspo_jax")
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
   code = (
-    "import pathlib, sys\n"
+    "import sys\n"
     f"sys.path[0:1] = [{str(package)!r}]\n"
     "from rspo_jax.config import load\n"
-    f"load.INSTALLED = pathlib.Path({str(share)!r})\n"
     "config = load.parse(['x', '--config=configs/sudoku.py:smoke'])[0]\n"
     "print(config.task.name, config.run.steps)"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    [sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.split()[0] == "sudoku"
