@@ -32,7 +32,7 @@ LOAD = """
 import json, sys, time
 import jax, numpy as np
 import rspo_jax
-from rspo_jax.models import hf_weights
+from rspo_jax.models import checkpoints
 jax.block_until_ready(jax.device_put(np.float32(0)))
 
 def memory(key):

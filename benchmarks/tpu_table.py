@@ -213,7 +213,7 @@ def head(options) -> bool:
   from rspo_jax.devices import sharding
   from rspo_jax.models import functions
   from rspo_jax.models.families import PUBLISHED
-  from rspo_jax.planning import compiler, hlo, programs
+  from rspo_jax.planning import compiler, hlo
   from rspo_jax.run import program
 
   topology = chips.parse(HEAD_TOPOLOGY)
@@ -260,7 +260,7 @@ def head(options) -> bool:
       out_shardings=(None, (kernel.sharding, h.sharding)),
       compiler_options=program.compiler_options(mesh),
     )
-    with programs.on(mesh):
+    with sharding.active(mesh):
       traced = gradient.trace(kernel, h, target)
       compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     used = compiled.memory_analysis().temp_size_in_bytes / chips.GB

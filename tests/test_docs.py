@@ -30,6 +30,8 @@ OTHERS = {
   "scp", "tail", "cat", "squeue", "scancel", "tmux", "sudo", "bash",
 }  # fmt: skip
 
+OTHERS_FILES = {"eval.py"}  # d1's
+
 
 def commands(page):
   """Command lines of a page's bash blocks, each as its words."""
@@ -131,15 +133,26 @@ def test_every_key_that_is_named_exists(page):
       continue
     inside = any(known.startswith(f"{key}.") for known in values)
     opened = key.startswith("task.reward_weights")
-    known = key in values or inside or opened or is_function(match)
+    known = key in values or inside or opened or is_defined(key)
     assert known, f"{page.name}: {code}"
 
 
-def is_function(match):
-  """Whether `data.prompt_batches` means a module's function, not a key."""
-  module = ROOT / "rspo_jax" / f"{match[1]}.py"
-  name = match[2].removeprefix(".")
-  return module.exists() and f"\ndef {name}(" in module.read_text()
+def is_defined(dotted):
+  """Whether `run.data.Batches` means what a module defines, not a key."""
+  *module, name = dotted.split(".")
+  path = (ROOT / "rspo_jax").joinpath(*module).with_suffix(".py")
+  if not path.is_file():
+    return False
+  return re.search(rf"^(?:def|class) {name}\b", path.read_text(), re.M)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_source_file_that_is_named_exists(page):
+  files = [str(path) for path in ROOT.rglob("*.py")]
+  for name in re.findall(r"`((?:\w+/)*\w+\.py)`", page.read_text("utf-8")):
+    if name not in OTHERS_FILES and name not in own_files():
+      full = f"{ROOT}/{name}" if name.startswith("tests/") else f"/{name}"
+      assert any(file.endswith(full) for file in files), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -187,24 +200,28 @@ def test_the_package_names_its_commands_types_and_licence():
   assert __import__("rspo_jax").__version__ == version
 
 
-def test_an_installed_command_finds_the_configs_from_anywhere(tmp_path):
+@pytest.mark.parametrize(
+  "site", ["lib/python3/site-packages", "."], ids=["prefix or --user", "target"]
+)
+def test_an_installed_command_finds_the_configs_from_anywhere(tmp_path, site):
   # As `pip install .` leaves it: no clone on the path, configs under share/.
   share = tmp_path / "share" / "rspo_jax"
   share.mkdir(parents=True)
   (share / "configs").symlink_to(ROOT / "configs")
-  package = tmp_path / "site"
-  package.mkdir()
+  package = tmp_path / site
+  package.mkdir(parents=True, exist_ok=True)
   (package / "rspo_jax").symlink_to(ROOT / "rspo_jax")
+  elsewhere = tmp_path / "elsewhere"
+  elsewhere.mkdir()
   code = (
-    "import pathlib, sys\n"
+    "import sys\n"
     f"sys.path[0:1] = [{str(package)!r}]\n"
     "from rspo_jax.config import load\n"
-    f"load.INSTALLED = pathlib.Path({str(share)!r})\n"
     "config = load.parse(['x', '--config=configs/sudoku.py:smoke'])[0]\n"
     "print(config.task.name, config.run.steps)"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    [sys.executable, "-c", code], cwd=elsewhere, capture_output=True, text=True
   )
   assert done.returncode == 0, done.stderr
   assert done.stdout.split()[0] == "sudoku"

@@ -13,6 +13,7 @@ two, and the last of several counts.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -129,7 +130,8 @@ class Parser:
     lines = [f"usage: {self.usage}", ""]
     for option in self.options:
       lines += option.help(width)
-    print("\n".join([*lines, "", *textwrap.wrap(self.end, _WIDTH)]))
+    with _reader_may_go():
+      print("\n".join([*lines, "", *textwrap.wrap(self.end, _WIDTH)]))
     return True
 
   def read(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -183,16 +185,25 @@ class Parser:
     """
     argv = sys.argv[1:] if argv is None else argv
     try:
-      return DONE if self.wants_help(argv) else act(self.read(argv))
-    except BrokenPipeError:
-      # Who read it has gone; nor is anything said when the process ends.
-      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      with _reader_may_go():
+        return DONE if self.wants_help(argv) else act(self.read(argv))
       return DONE
     except (ValueError, OSError) as error:
       return mistake(error)
     except KeyboardInterrupt:
       print()
       return INTERRUPTED
+
+
+@contextlib.contextmanager
+def _reader_may_go():
+  """Prints to a reader who may have gone, as `head` does: no fault."""
+  try:
+    yield
+    sys.stdout.flush()
+  except BrokenPipeError:
+    # Nor is anything said when the process ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _split(

@@ -22,8 +22,21 @@ from rspo_jax.config.cli import Option
 
 MODES = ("train", "eval")
 
-# Where `pip install` puts the configs (pyproject.toml, data-files).
-INSTALLED = pathlib.Path(sys.prefix) / "share" / "rspo_jax"
+
+def _installed() -> pathlib.Path:
+  """Where `pip install` put the configs (pyproject.toml, data-files).
+
+  `share` lies above the package: in an environment's prefix, in the user's
+  (`--user`), which is not sys.prefix, or beside it (`--target`).
+  """
+  places = [
+    folder / "share" / "rspo_jax"
+    for folder in pathlib.Path(__file__).parents[2:]
+  ]
+  return next((p for p in places if (p / "configs").is_dir()), places[0])
+
+
+INSTALLED = _installed()
 
 # A group whose keys depend on the task: any name, checked when it is known.
 _OPEN_GROUP = "task.reward_weights."

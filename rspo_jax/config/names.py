@@ -25,6 +25,13 @@ def nearest(
 def did_you_mean(
   name: str, known: Iterable[str], quote: Callable[[str], str] = repr
 ) -> str:
-  """ "did you mean 'x'? ", or "" where no known name is like it."""
+  """ "did you mean 'x'? ", or "" where no known name is like it.
+
+  Keys of the same name in other groups are all named.
+  """
   near = nearest(name, known)
-  return f"did you mean {quote(near[0])}? " if near else ""
+  last = str(name).rpartition(".")[2]
+  same = [k for k in near if k.endswith(f".{last}") and "/" not in k]
+  likely = same if near[:1] == same[:1] else near[:1]
+  words = " or ".join(map(quote, likely))
+  return f"did you mean {words}? " if likely else ""

@@ -105,3 +105,16 @@ def test_a_reader_that_goes_early_is_no_fault():
     done.stdout.close()
     assert done.stderr.read() == b""
     assert done.wait() == 0
+
+
+@pytest.mark.parametrize("words", [[], ["-u"]], ids=["buffered", "as written"])
+def test_the_help_of_a_run_needs_no_reader(words):
+  # Short enough for a buffer, which is emptied when the process ends.
+  code = "input(); from rspo_jax import main; exit(main.main(['x', '--help']))"
+  pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+  with subprocess.Popen([sys.executable, *words, "-c", code], **pipes) as done:
+    done.stdout.close()
+    done.stdin.write(b"\n")
+    done.stdin.flush()
+    assert done.stderr.read() == b""
+    assert done.wait() == 0

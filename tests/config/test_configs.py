@@ -211,6 +211,21 @@ def test_a_value_out_of_its_range_is_refused_by_name(key, value, said):
     keys.check_values(keys.typed(values, schema.Config))
 
 
+@pytest.mark.parametrize(
+  ("key", "meant"),
+  [
+    ("objective.bound_mix", {"objective.spg.bound_mix"}),
+    ("objective.beta", {"objective.vrpo.beta", "objective.trafl.beta"}),
+    ("objectiv.name", {"objective.name"}),
+  ],
+)
+def test_a_key_in_the_wrong_group_is_told_every_group_that_has_it(key, meant):
+  with pytest.raises(ValueError, match="not a key of the config") as caught:
+    load.override(base.get_config(), key, "1")
+  said = str(caught.value).partition("did you mean ")[2].partition("?")[0]
+  assert set(said.split(" or ")) == {f"--config.{each}" for each in meant}
+
+
 # Embedded checkpoints.
 
 
