@@ -736,7 +736,9 @@ def test_one_device_and_eight_agree_over_three_steps():
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[2]),
+    "PYTHONPATH": os.pathsep.join(
+      str(pathlib.Path(__file__).resolve().parents[i]) for i in (1, 2)
+    ),
   }
   done = subprocess.run(
     [sys.executable, __file__],

@@ -145,6 +145,10 @@ def test_every_key_is_read():
       elif isinstance(node, ast.Subscript):
         key = node.slice
         read |= {key.value} if isinstance(key, ast.Constant) else set()
+      elif isinstance(node, ast.Call) and node.args:
+        # The new model's shape is taken apart by name.
+        key = node.args[0]
+        read |= {key.value} if isinstance(key, ast.Constant) else set()
       elif isinstance(node, ast.arg):
         # mesh and new model: groups that are passed as keywords.
         read.add(node.arg)

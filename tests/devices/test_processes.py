@@ -31,7 +31,8 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 HOST = """
 import json, os, sys
 import tiny_runs
-from rspo_jax import main, program
+from rspo_jax import main
+from rspo_jax.run import program
 judged = []
 judge = program.Program.judge
 def noting(self, examples, texts):
@@ -260,7 +261,7 @@ def test_hosts_without_a_shared_disk_are_sent_to_a_bucket(tiny, tmp_path):
 @pytest.mark.slow
 def test_tasks_of_slurm_find_one_another(tmp_path):
   code = (
-    "import jax\nfrom rspo_jax import processes\nprocesses.initialise()\n"
+    "import jax\nfrom rspo_jax.devices import processes\nprocesses.initialise()\n"
     "print(jax.process_index(), jax.process_count(), jax.device_count())"
   )
   tasks = []

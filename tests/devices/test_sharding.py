@@ -292,7 +292,7 @@ def test_parameters_laid_out_for_sampling_give_the_same_completions(rank, tiny):
 _SUMS = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec
-from rspo_jax import sharding
+from rspo_jax.devices import sharding
 
 for devices in (8, 16, 32):
   mesh = sharding.make_mesh(devices=jax.devices()[:devices])

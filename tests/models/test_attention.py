@@ -19,7 +19,7 @@ from rspo_jax.models import attention
 from rspo_jax.models.attention import Visibility, by_kv_head
 from rspo_jax.planning import compiler, flops
 from rspo_jax.planning.chips import parse
-from rspo_jax.run import program
+from rspo_jax.run import loading
 
 HEADS, KV_HEADS, DIM = 4, 2, 24
 
@@ -187,7 +187,7 @@ def test_a_run_with_flash_on_a_tpu_is_refused_before_it_is_compiled():
   )
   config = types.SimpleNamespace(max_length=16, head_dim=64)
   with pytest.raises(ValueError, match=r"model\.attention=flash"):
-    program.model_config(settings, config, mesh_of(device("tpu")))
+    loading.model_config(settings, config, mesh_of(device("tpu")))
 
 
 def test_a_kernel_counts_the_flops_of_its_whole_grid():

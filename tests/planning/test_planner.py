@@ -26,7 +26,7 @@ from rspo_jax.planning import (
   table,
   workload,
 )
-from rspo_jax.run import program, settings
+from rspo_jax.run import compiled, settings
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNTDOWN = f"{ROOT}/configs/countdown.py"
@@ -301,9 +301,9 @@ def test_a_run_on_a_tpu_gives_the_compiler_the_plans_option_and_no_other_does():
     devices = np.array([[[types.SimpleNamespace(platform=platform)]]])
     return types.SimpleNamespace(devices=devices)
 
-  assert "windowed_einsum" in "".join(program.compiler_options(mesh("tpu")))
-  assert program.compiler_options(mesh("cpu")) == {}
-  assert program.compiler_options(mesh("gpu")) == {}
+  assert "windowed_einsum" in "".join(compiled.compiler_options(mesh("tpu")))
+  assert compiled.compiler_options(mesh("cpu")) == {}
+  assert compiled.compiler_options(mesh("gpu")) == {}
 
 
 def test_bytes_of_a_chip_are_those_of_its_shard():

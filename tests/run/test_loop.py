@@ -407,7 +407,8 @@ def test_a_run_samples_through_the_cache_and_keeps_the_tails_of_prompts(
     # Two blocks of 8: a full forward each, at least one and at most 8 more.
     assert 4 <= row["rollout/denoiser_calls"] <= 18
     assert row["data/cut_prompts"] == tiny_runs.SMALL["rollout.prompts"]
-    assert row["grad_norm"] > 0
+  # What a tiny model samples may earn one reward in all groups of a step.
+  assert any(row["grad_norm"] > 0 for row in rest)
   assert {row["rollout/denoiser_calls"] for row in rest} != {18}
   with pytest.raises(ValueError, match=r"data\.long_prompts"):
     program = tiny_runs.program_of(

@@ -193,7 +193,9 @@ def run(selection):
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    "PYTHONPATH": str(pathlib.Path(__file__).resolve().parents[2]),
+    "PYTHONPATH": os.pathsep.join(
+      str(pathlib.Path(__file__).resolve().parents[i]) for i in (1, 2)
+    ),
   }
   done = subprocess.run(
     [sys.executable, __file__, selection],

@@ -4,7 +4,6 @@ import functools
 import json
 import types
 
-import jax
 import numpy as np
 import pytest
 import tiny_runs
@@ -120,9 +119,8 @@ def test_ratios_are_to_the_parameters_that_sampled(name, runs, tiny):
     state, ahead = kept(folder, program, step)
     assert len(ahead["old"]) == program.settings.step.updates_per_rollout
     batch = scoring.unjudged_batch(run_of(program), ahead["completions"])
-    key = streams.stream_key(seed, step, streams.MASKS)
     for update, old in enumerate(ahead["old"]):
-      own = jax.random.fold_in(key, update) if update else key
+      own = streams.mask_key(seed, step, update)
       expected = program.estimate_fn(before.params, batch, own)
       np.testing.assert_array_equal(old, expected)
       assert (old != program.estimate_fn(state.params, batch, own)).any()

@@ -13,6 +13,7 @@ import tiny_runs
 import rspo_jax
 from rspo_jax import main
 from rspo_jax.config import identity, load
+from rspo_jax.run import state
 from rspo_jax.run import step as step_lib
 from rspo_jax.storage import mirror
 from rspo_jax.storage.checkpoint import Checkpointer
@@ -110,10 +111,11 @@ def assert_same_run(address, bucket, whole, program):
   for name, content in here.items():
     if name.startswith(("samples/", "model/")):
       assert there[name] == content, name
+  template = functools.partial(state.template, program)
   with Checkpointer(f"{address}/checkpoints") as one:
-    mine = one.restore(program.state_template)
+    mine = one.restore(template)
   with Checkpointer(whole / "checkpoints") as other:
-    its = other.restore(program.state_template)
+    its = other.restore(template)
   assert mine.step == its.step == STEPS
   jax.tree.map(np.testing.assert_array_equal, mine.state, its.state)
 
