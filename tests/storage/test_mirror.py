@@ -1,5 +1,6 @@
 """Runs in a bucket: nothing of them needs the machine that they began on."""
 
+import functools
 import os
 import signal
 import sys
