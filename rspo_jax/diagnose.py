@@ -103,9 +103,14 @@ def _count(name: str, text: str) -> int:
 
 
 def schemes_at(
-  forwards: int, sampler, names
+  forwards: int, settings: settings_lib.Settings, names
 ) -> dict[str, likelihood.LikelihoodSettings]:
-  """Settings of the schemes that have an estimate at so many forwards."""
+  """The run's likelihood settings with each scheme that has an estimate.
+
+  What the number of forwards decides is set: masks, and the steps that share a
+  canvas.
+  """
+  sampler = settings.sampler
   found = {}
   for name in dict.fromkeys(names):
     entry = likelihood.ESTIMATORS[name]
@@ -113,17 +118,22 @@ def schemes_at(
       entry.masks is not None and forwards not in entry.masks
     ):
       continue
-    steps = min(sampler.steps, sampler.completion_length)
-    found[name] = likelihood.LikelihoodSettings(
-      name,
-      forwards,
-      block_length=sampler.block_length,
+    # A threshold may commit one position a step, whatever the steps are.
+    steps = sampler.completion_length
+    if not sampler.adaptive:
+      steps = min(steps, sampler.steps)
+    found[name] = dataclasses.replace(
+      settings.likelihood,
+      scheme=name,
+      masks=forwards,
       shrink=-(-steps // forwards),
     )
   return found
 
 
-def all_masks(scored: np.ndarray, prompt_length: int) -> likelihood.Masks:
+def all_masks(
+  scored: np.ndarray, prompt_length: int, scope: str
+) -> likelihood.Masks:
   """Every non-empty mask of each completion, as one draw a mask.
 
   Weights are (2^L - 1) / (L C(L, |M|) |M|), so that the mean over masks is the
@@ -133,6 +143,7 @@ def all_masks(scored: np.ndarray, prompt_length: int) -> likelihood.Masks:
   Args:
     scored: bool [n, L].
     prompt_length: P.
+    scope: as in likelihood.LikelihoodSettings.
   """
   n, length = scored.shape
   codes = np.arange(1, 2**length)
@@ -147,11 +158,12 @@ def all_masks(scored: np.ndarray, prompt_length: int) -> likelihood.Masks:
   each = each / size
   weight = each[:, :, None] * subset[None]
   rows = prompt_length + np.arange(length)
-  corrupt = np.pad(subset, ((0, 0), (prompt_length, 0)))
+  corrupt = np.broadcast_to(subset, (n, *subset.shape))
+  if scope == "masked_tail":
+    corrupt = corrupt | ~scored[:, None]
+  corrupt = np.pad(corrupt, ((0, 0), (0, 0), (prompt_length, 0)))
   return likelihood.Masks(
-    corrupt=np.broadcast_to(
-      corrupt[None, :, None], (n, len(codes), 1, corrupt.shape[-1])
-    ),
+    corrupt=corrupt[:, :, None],
     rows=np.broadcast_to(rows, (n, len(codes), length)).astype(np.int32),
     weight=weight[:, :, None].astype(np.float32),
   )
@@ -214,7 +226,9 @@ class Bench:
     scored = np.asarray(self.batch.completion_mask)
     if scored.shape[1] <= ENUMERATED:
       return self._enumerated(scored), "all masks"
-    settings = likelihood.LikelihoodSettings("complementary", 32)
+    settings = dataclasses.replace(
+      self.program.settings.likelihood, scheme="complementary", masks=32
+    )
     score = self.scorer(settings)
     total = np.zeros(len(scored))
     rounds = LONG_PAIRS // 16
@@ -226,7 +240,8 @@ class Bench:
   def _enumerated(self, scored) -> np.ndarray:
     """d f64 [n] by all masks, a sequence at a time."""
     length = scored.shape[1]
-    masks = all_masks(scored, self.batch.tokens.shape[1] - length)
+    scope = self.program.settings.likelihood.scope
+    masks = all_masks(scored, self.batch.tokens.shape[1] - length, scope)
     logprob_fn = transformer.make_logprob_fn(self.config)
 
     @jax.jit
@@ -351,7 +366,7 @@ def diagnose(
     "rows": [],
   }
   for count in forwards:
-    found = schemes_at(count, settings.sampler, schemes)
+    found = schemes_at(count, settings, schemes)
     measured = {
       name: measure(*bench.draws(one, repeats), exact)
       for name, one in found.items()
@@ -366,7 +381,9 @@ def diagnose(
         row["snr"] = bench.gradient_snr(found[name])
       result["rows"].append(row)
   result["bf16_floor"] = bench.bf16_floor(
-    likelihood.LikelihoodSettings("uniform", forwards[0])
+    dataclasses.replace(
+      settings.likelihood, scheme="uniform", masks=forwards[0]
+    )
   )
   return result
 

@@ -1,9 +1,12 @@
 """The diagnosis: exact scores, what is measured of draws, the command."""
 
+import dataclasses
 import itertools
 import json
 import math
+import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -14,7 +17,7 @@ def test_all_masks_average_to_the_count_uniform_elbo():
   rng = np.random.default_rng(0)
   table = rng.normal(-2, 1, (16, 4))  # log-probs by hidden set and position
   scored = np.arange(4) < np.array([[4], [3], [1]])
-  masks = diagnose.all_masks(scored, 2)
+  masks = diagnose.all_masks(scored, 2, "completion")
   assert masks.corrupt.shape == (3, 15, 1, 6)
   assert not masks.corrupt[..., :2].any()
   for i, length in enumerate((4, 3, 1)):
@@ -105,9 +108,71 @@ def test_the_command_writes_numbers_and_says_what_is_wrong(
 def test_every_scheme_finds_its_number_of_canvases():
   from rspo_jax import sampler
 
-  settings = sampler.SamplerSettings(8, 4, 8)
+  settings = types.SimpleNamespace(
+    sampler=sampler.SamplerSettings(8, 4, 4),
+    likelihood=likelihood.LikelihoodSettings(),
+  )
   two = diagnose.schemes_at(2, settings, likelihood.ESTIMATORS)
-  assert "simpson" not in two and two["trace"].shrink == 4
+  assert "simpson" not in two and two["trace"].shrink == 2
   assert "complementary" not in diagnose.schemes_at(
     3, settings, likelihood.ESTIMATORS
   )
+  # A threshold may take as many steps as there are positions.
+  settings.sampler = sampler.SamplerSettings(8, 4, 4, threshold=0.9)
+  two = diagnose.schemes_at(2, settings, likelihood.ESTIMATORS)
+  assert two["trace"].shrink == 4
+
+
+def test_every_measurement_keeps_the_runs_own_likelihood_settings():
+  from rspo_jax import sampler
+
+  own = likelihood.LikelihoodSettings(
+    scope="masked_tail", block_length=2, prompt_mask=0.4
+  )
+  seen = []
+
+  class Bench(diagnose.Bench):
+    """Remembers what it is asked to draw with."""
+
+    def __init__(self):
+      settings = types.SimpleNamespace(
+        sampler=sampler.SamplerSettings(16, 8, 16), likelihood=own
+      )
+      self.program = types.SimpleNamespace(settings=settings)
+      scored = np.ones((2, 16), bool)
+      self.batch = types.SimpleNamespace(completion_mask=scored)
+
+    def scorer(self, settings, dtype=None):
+      seen.append(settings)
+      return settings
+
+    def relative(self, score, key):
+      return np.zeros(2)
+
+    def draws(self, settings, repeats):
+      self.scorer(settings)
+      return np.zeros((repeats, 2)), np.zeros((repeats, 2))
+
+    def gradient_snr(self, settings):
+      self.scorer(settings)
+      return {}
+
+  diagnose.diagnose(Bench(), [2, 4], 3)
+  assert {one.scheme for one in seen} > {"uniform", "mean_field", "trace"}
+  for one in seen:
+    kept = {"scheme": own.scheme, "masks": own.masks, "shrink": own.shrink}
+    assert dataclasses.replace(one, **kept) == own, one
+
+
+def test_all_masks_show_a_masked_tail_as_drawn_ones_do():
+  scored = np.arange(4) < np.array([[4], [2], [1]])
+  settings = likelihood.LikelihoodSettings(
+    scheme="uniform", masks=512, scope="masked_tail"
+  )
+  drawn = likelihood.draw_masks(jax.random.key(0), settings, scored, 2)
+  every = diagnose.all_masks(scored, 2, "masked_tail")
+  for i in range(3):
+    hidden = np.asarray(drawn.corrupt[i]).reshape(-1, 6)
+    counted = every.weight[i].reshape(15, -1).any(-1)
+    allowed = every.corrupt[i, counted, 0]
+    assert {tuple(row) for row in hidden} == {tuple(row) for row in allowed}
