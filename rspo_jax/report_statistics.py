@@ -4,9 +4,14 @@ Intervals are 95 % bootstrap ones over seeds and prompts together: a replicate
 draws seeds with replacement, prompts with replacement, and takes the mean of
 the crossed table [seed, prompt] of verdicts. All replicates share their draws,
 so that a gain, or a difference of two groups on the same prompts, is paired by
-seed and by prompt. With one seed the interval is over prompts alone. A
-bootstrap over S seeds sees (S - 1) / S of their variance: with few seeds it is
-a lower bound.
+seed and by prompt. A bootstrap over S seeds sees (S - 1) / S of their variance and
+nothing of how poorly few seeds tell it: where Student's t over the seeds' own
+means is wider, that is the interval. With one seed it is over prompts alone.
+
+A gain, and a difference of groups, is certain where its interval leaves 0 out:
+both tests have to agree, each of which errs in at most some 5 % of null cases
+where the other may not (seeds that differ, prompts that all seeds share). One
+seed says what its model gained, not which of two configs is better.
 """
 
 import collections
@@ -64,6 +69,20 @@ def interval(replicates: np.ndarray) -> tuple[float, float]:
   return float(low), float(high)
 
 
+def wider_interval(
+  replicates: np.ndarray, by_seed: Sequence[float]
+) -> tuple[float, float]:
+  """`interval`, out to the ends of `t_interval` over seeds where they lie outside.
+
+  Args:
+    replicates: bootstrap means over seeds and prompts, [R].
+    by_seed: the value of each seed, [S].
+  """
+  low, high = interval(replicates)
+  ends = t_interval(by_seed) or (low, high)
+  return min(low, ends[0]), max(high, ends[1])
+
+
 # Two-sided 95 % quantile of Student's t by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
@@ -105,6 +124,26 @@ def _estimate(value: float, ends: tuple[float, float] | None) -> list:
   return [rounded(float(value)), rounded(low), rounded(high)]
 
 
+def _share(table: np.ndarray, replicates: np.ndarray) -> list:
+  """`_estimate` of a table's mean, a share."""
+  low, high = wider_interval(replicates, table.mean(1))
+  return _estimate(table.mean(), (max(low, 0.0), min(high, 1.0)))
+
+
+def change(table: np.ndarray, replicates: np.ndarray) -> list:
+  """[value, low, high, sign] of the mean of a table of paired differences.
+
+  Args:
+    table: [S, n].
+    replicates: of that mean, [R].
+
+  Returns:
+    `sign` is 1 or -1 where the interval leaves 0 out on that side, else 0.
+  """
+  low, high = wider_interval(replicates, table.mean(1))
+  return [*_estimate(table.mean(), (low, high)), int(low > 0) - int(high < 0)]
+
+
 def _logged(runs: Sequence[Run], when: int, kind: str) -> list:
   """Accuracy from metrics.jsonl, where the completions are not at hand."""
   end = "" if kind == "greedy" else "_sampled"
@@ -127,9 +166,10 @@ def summarise(groups: Sequence[Group]) -> tuple[list[dict], list[dict]]:
   """Table rows of the groups, and their paired differences.
 
   Returns:
-    (rows, differences): a row has before, after and gain of each kind as
-    [value, low, high]; `differences[i][kind][j]` is the accuracy after of
-    group i minus that of group j, None where their prompts are not the same.
+    (rows, differences): a row has before and after of each kind as
+    [value, low, high] and gain as `change` gives it; `differences[i][kind][j]`
+    is the accuracy after of group i minus that of group j, in the same form,
+    None where their prompts are not the same.
   """
   bootstrap = Bootstrap()
   rows, after = [], []
@@ -145,20 +185,17 @@ def summarise(groups: Sequence[Group]) -> tuple[list[dict], list[dict]]:
         tables[0].shape == tables[1].shape
       ):
         means = [bootstrap.means(table) for table in tables]
-        ends = [interval(replicates) for replicates in means]
-        values = [float(table.mean()) for table in tables]
         row[kind] = {
-          "before": _estimate(values[0], ends[0]),
-          "after": _estimate(values[1], ends[1]),
-          "gain": _estimate(
-            values[1] - values[0], interval(means[1] - means[0])
-          ),
+          "before": _share(tables[0], means[0]),
+          "after": _share(tables[1], means[1]),
+          "gain": change(tables[1] - tables[0], means[1] - means[0]),
           "n": int(tables[1].shape[1]),
           "how": "bootstrap over prompts"
           if len(runs) == 1
-          else "bootstrap over seeds and prompts",
+          else "bootstrap over seeds and prompts, or Student's t over seeds "
+          "where that is wider",
         }
-        found[kind] = (values[1], means[1], tables[1].shape)
+        found[kind] = (tables[1], means[1])
       else:
         first, last = (_logged(runs, when, kind) for when in (0, 1))
         gain = None
@@ -167,7 +204,7 @@ def summarise(groups: Sequence[Group]) -> tuple[list[dict], list[dict]]:
         row[kind] = {
           "before": first,
           "after": last,
-          "gain": [gain, None, None],
+          "gain": [gain, None, None, 0],
           "n": None,
           "how": "Wilson" if len(runs) == 1 else "Student's t over seeds",
         }
@@ -197,17 +234,16 @@ def _differences(groups, after) -> list[dict]:
           kind in mine
           and kind in other
           and keys[i] == keys[j]
-          and mine[kind][2] == other[kind][2]
+          and mine[kind][0].shape == other[kind][0].shape
         )
         if not paired or i == j:
           cells.append(None)
           continue
-        cells.append(
-          _estimate(
-            mine[kind][0] - other[kind][0],
-            interval(mine[kind][1] - other[kind][1]),
-          )
-        )
+        tables, means = zip(mine[kind], other[kind], strict=True)
+        cell = change(tables[0] - tables[1], means[0] - means[1])
+        if len(tables[0]) == 1:
+          cell[-1] = 0  # nothing is known of the spread between seeds
+        cells.append(cell)
       by_kind[kind] = cells
     out.append(by_kind)
   return out

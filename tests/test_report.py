@@ -215,6 +215,56 @@ def test_students_quantiles_are_those_of_scipy():
   assert report_statistics.t_interval([0.5]) is None
 
 
+def seeds_of(rng, count, shift, spread):
+  """Verdicts [S, 400] of a config; a spread of 0.2 is 5 to 6 points."""
+  hard = rng.normal(0.5, 1, 400)
+  seeds = rng.normal(shift, spread, (count, 1))
+  return hard + seeds + rng.normal(0, 0.7, (count, 400)) > 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_a_difference_is_coloured_where_there_is_one_and_in_5_percent_else(
+  count,
+):
+  rng = np.random.default_rng(count)
+  bootstrap = report_statistics.Bootstrap(500)
+
+  def sign(shift, spread):
+    one = seeds_of(rng, count, shift, spread)
+    other = seeds_of(rng, count, 0.0, spread)
+    means = bootstrap.means(one) - bootstrap.means(other)
+    return report_statistics.change(one * 1.0 - other, means)[-1]
+
+  # 5 % of 400 are 20, with a standard deviation of 4.4; 33 are three above.
+  assert sum(sign(0.0, 0.2) != 0 for _ in range(400)) <= 33
+  # 30 points apart. Student's t of two seeds wants 12.7 standard errors.
+  found = [sign(2.0, 0.03) for _ in range(50)]
+  assert -1 not in found and found.count(1) >= {2: 30, 3: 45, 5: 50}[count]
+
+
+def test_prompts_that_all_seeds_share_do_not_colour_a_difference():
+  rng = np.random.default_rng(7)
+  bootstrap = report_statistics.Bootstrap(500)
+  wrong = 0
+  for _ in range(400):
+    # Seeds agree; which prompts a config can do is drawn once.
+    tables = [np.tile(rng.random(100) < 0.5, (3, 1)) * 1.0 for _ in "ab"]
+    means = [bootstrap.means(table) for table in tables]
+    cell = report_statistics.change(tables[0] - tables[1], means[0] - means[1])
+    wrong += cell[-1] != 0
+  assert wrong <= 33
+
+
+def test_one_seed_colours_its_own_gain_and_no_difference_of_groups(tmp_path):
+  write_run(tmp_path / "a", lambda_=3.0, gain=0.9)
+  write_run(tmp_path / "b", lambda_=1.0, gain=0.0)
+  good, bad = payload_of(tmp_path)["groups"]
+  assert good["summary"]["greedy"]["gain"][-1] == 1
+  value, low, _, sign = good["versus"]["greedy"][1]
+  assert value > 0.3 and low > 0 and sign == 0
+  assert bad["versus"]["greedy"][0][-1] == 0
+
+
 def test_before_after_and_gain_are_means_of_the_verdicts(tmp_path):
   for seed in range(3):
     write_run(tmp_path / f"run-seed{seed}", seed=seed)
@@ -232,7 +282,7 @@ def test_before_after_and_gain_are_means_of_the_verdicts(tmp_path):
   assert cell["before"][0] == pytest.approx(rates[0], rel=1e-4)
   assert cell["after"][0] == pytest.approx(rates[1], rel=1e-4)
   assert cell["gain"][0] == pytest.approx(rates[1] - rates[0], rel=1e-4)
-  for value, low, high in (cell["before"], cell["after"], cell["gain"]):
+  for value, low, high, *_ in (cell["before"], cell["after"], cell["gain"]):
     assert low < value < high
   assert group["parts"]["after"]["correct"] == pytest.approx(rates[1], rel=1e-4)
   assert group["parts"]["after"]["numbers"] == pytest.approx(0.9)
@@ -262,7 +312,7 @@ def test_groups_are_compared_on_the_same_prompts_only(tmp_path):
   versus = [group["versus"]["greedy"] for group in groups]
   after = [group["summary"]["greedy"]["after"][0] for group in groups]
   assert versus[0][1][0] == pytest.approx(after[0] - after[1], abs=1e-4)
-  assert versus[1][0] == pytest.approx(
+  assert versus[1][0][:3] == pytest.approx(
     [-versus[0][1][i] for i in (0, 2, 1)], abs=1e-4
   )
   assert versus[0][2] is versus[2][0] is versus[0][0] is None

@@ -501,13 +501,11 @@ function interval(cell, write) {
   if (!cell || cell[0] === null) return {text: "–", value: null};
   const fine = cell[1] === null ? "" : `${write(cell[1])} to ${write(cell[2])}`;
   return {text: write(cell[0]), fine, value: cell[0],
-    low: cell[1], high: cell[2]};
+    mark: {"1": "up", "-1": "down"}[cell[3]]};
 }
 
 function tableColumns() {
   const kinds = (group, kind, what) => (group.summary[kind] || {})[what];
-  const certain = (cell) => ({...cell, mark: cell.low > 0 ? "up"
-    : cell.high < 0 ? "down" : ""});
   const columns = [
     {name: "group", cell: (group, i) => ({text: group.name, value: i, group: i})},
     {name: "seeds", cell: (group) => ({
@@ -523,13 +521,13 @@ function tableColumns() {
       {name: `${kind} after, %`, cell: (group) =>
         interval(kinds(group, kind, "after"), percent)},
       {name: `${kind} gain, points`, cell: (group) =>
-        certain(interval(kinds(group, kind, "gain"), signed))});
+        interval(kinds(group, kind, "gain"), signed)});
     if (groups.length > 1) {
       const baseline = Number($("baseline").value);
       columns.push({name: `${kind} after, against ${groups[baseline].name}`,
         cell: (group, i) => {
           if (i === baseline) return {text: "·", value: 0};
-          return certain(interval(group.versus[kind][baseline], signed));
+          return interval(group.versus[kind][baseline], signed);
         }});
     }
   }
@@ -592,8 +590,9 @@ function tableNote() {
       `Small figures: 95 % intervals (${how.join("; ")}); gains and ` +
       "differences are paired by prompt and seed; green or red where the " +
       "interval leaves 0 out." +
-      (few < 5 ? ` With ${few} seed${few === 1 ? "" : "s"} an interval is ` +
-        "narrower than the truth: it sees little or nothing of the seeds." : "")
+      (few === 1 ? " With one seed an interval sees nothing of the seeds: it " +
+        "is narrower than the truth, and a difference of groups gets no colour."
+        : "")
     : "No run has two evaluations yet.";
 }
 
