@@ -193,7 +193,9 @@ run_it() {
       0)
         say "$name: done"
         fetch_bucket "$out"
-        say "$name is still there; give it back: launch/tpu.sh delete --name=$name --zone=$zone"
+        back=("--name=$name" "${where[@]}")
+        if $queued; then back+=(--queued); fi
+        say "$name is still there; give it back: launch/tpu.sh delete $(quoted "${back[@]}")"
         return
         ;;
       75 | lost)

@@ -36,6 +36,7 @@ from rspo_jax import (
   main,
   objectives,
   rollout,
+  run_config,
   sharding,
   train_step,
 )
@@ -495,6 +496,7 @@ def run(argv: list[str]) -> int:
         f"at most {wanted}, or raise rollout.prompts."
       )
     out = pathlib.Path(options["out"])
+    run_config.check_links(out, f"--out={out}")
     out.mkdir(parents=True, exist_ok=True)
     folder = options["policy"] or _trained(words, out, options["steps"])
     program = program_lib.build(settings)

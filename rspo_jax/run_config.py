@@ -77,6 +77,27 @@ def is_finished(folder, steps: int) -> bool:
     ) from error
 
 
+def check_links(path: pathlib.Path, option: str) -> None:
+  """Refuses a path through a symbolic link that leads nowhere.
+
+  Such a link neither exists nor lets a folder be made in its place.
+
+  Args:
+    path: of a local folder.
+    option: how it was given, for the message.
+
+  Raises:
+    ValueError: names link and remedy.
+  """
+  for part in (path, *path.parents):
+    if part.is_symlink() and not part.exists():
+      raise ValueError(
+        f"{option}: {part} is a symbolic link to {os.readlink(part)}, which is "
+        "not there; make that folder, remove the link, or choose another "
+        "folder."
+      )
+
+
 def check_workdir(workdir: str, config: dict, mode: str) -> None:
   """Refuses a folder that is not ours, holds another run, or is read-only.
 
@@ -93,6 +114,7 @@ def check_workdir(workdir: str, config: dict, mode: str) -> None:
   """
   home = mirror.Home(workdir)
   folder = home.local
+  check_links(folder, f"--workdir={workdir}")
   try:
     if home.in_bucket:
       before = mirror.answer(

@@ -17,6 +17,7 @@ import hashlib
 import json
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -150,8 +151,8 @@ def read(folders: Iterable[str | pathlib.Path]) -> list[dict[str, Any]]:
     paths = sorted(inside.glob("*.json"))
     if not paths or ((folder / "metrics.jsonl").is_file() and inside == folder):
       raise ValueError(
-        f"{folder} holds no evaluation; write one with --mode=eval"
-        f" --workdir={folder}."
+        f"{folder} holds no evaluation; write one with --mode=eval "
+        f"{shlex.quote(f'--workdir={folder}')}."
       )
     for path in paths:
       try:

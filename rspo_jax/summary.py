@@ -1,5 +1,6 @@
 """What is said of a run: before its steps, of each, and at its end."""
 
+import shlex
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -112,11 +113,13 @@ def _left(run: Run, exported: str) -> Iterator[str]:
     + (f", {exported}." if exported else ".")
   )
   yield "Next:"
-  yield f"  python -m rspo_jax.report {folder} --out=report.html"
+  report = ["python", "-m", "rspo_jax.report", str(folder), "--out=report.html"]
+  yield f"  {shlex.join(report)}"
   if exported:
-    yield f"  python -m rspo_jax.demo --model={folder / 'model'}"
+    demo = ["python", "-m", "rspo_jax.demo", f"--model={folder / 'model'}"]
+    yield f"  {shlex.join(demo)}"
   yield (
-    f"  the same command with --workdir={home} --mode=eval "
+    f"  the same command with {shlex.quote(f'--workdir={home}')} --mode=eval "
     "--config.eval.split=test"
   )
 

@@ -718,7 +718,8 @@ def _conclude(jobs, manifest: Manifest, stopped: bool, say) -> int:
   if len(by_status["done"]) < len(jobs):
     say("The same command goes on with what is not done.")
   else:
-    say(f"Next: python launch/report.py {manifest.path.parent}")
+    folder = str(manifest.path.parent)
+    say(f"Next: {shlex.join(['python', 'launch/report.py', folder])}")
   if stopped:
     return INTERRUPTED
   if by_status["failed"]:
@@ -780,6 +781,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def _check_out(out: pathlib.Path) -> None:
   """Refuses a folder that cannot be written, before anything is."""
+  run_config.check_links(out, f"--out={out}")
   if out.exists() and not out.is_dir():
     raise ValueError(f"--out={out} is a file; name a folder.")
   parent = out.absolute()

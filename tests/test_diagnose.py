@@ -80,6 +80,18 @@ def test_an_adapter_is_refused_before_anything_is_trained(
   assert not (tmp_path / "out").exists()
 
 
+def test_a_link_that_leads_nowhere_is_refused_as_a_folder(
+  tiny, tmp_path, capsys
+):
+  link = tmp_path / "link"
+  link.symlink_to(tmp_path / "gone")
+  words = [w for w in tiny("unused") if not w.startswith("--workdir")]
+  words += [f"--out={link}", "--sequences=4"]
+  assert diagnose.run(words) == 2
+  said = capsys.readouterr().err
+  assert f"{link} is a symbolic link" in said and "remove the link" in said
+
+
 @pytest.mark.slow  # compiles a dozen programs
 def test_the_command_writes_numbers_and_says_what_is_wrong(
   tiny, tmp_path, quick_runs, capsys, monkeypatch

@@ -237,6 +237,10 @@ def test_a_place_in_the_queue_is_waited_for_and_asked_for_again(stand_ins):
   assert stand_ins.count("queued-resources create one") == 2
   assert stand_ins.count("queued-resources delete one", "--force") == 1
   assert stand_ins.count("worker.sh start") == 1
+  # What gives it back knows of the queue, too.
+  (line,) = [x for x in done.stderr.splitlines() if "give it back" in x]
+  words = line.partition("launch/tpu.sh ")[2].split()
+  assert words == ["delete", *TPU[2:4], "--queued"]
 
 
 @pytest.mark.parametrize(

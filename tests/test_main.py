@@ -387,6 +387,18 @@ def test_a_workdir_that_cannot_be_used_is_refused(tiny, tmp_path, capsys):
     assert_refused(tiny(strange), capsys, strange, folder=tmp_path)
 
 
+def test_a_link_that_leads_nowhere_is_refused_as_a_folder(
+  tiny, tmp_path, capsys
+):
+  link = tmp_path / "link"
+  link.symlink_to(tmp_path / "gone")
+  for folder in (link, link / "run"):
+    assert_refused(
+      tiny(folder), capsys, f"{link} is a symbolic link", "remove the link"
+    )
+  assert sorted(tmp_path.iterdir()) == [link]
+
+
 @pytest.mark.skipif(
   not pathlib.Path("/proc/self").exists(), reason="no /proc to write to"
 )

@@ -86,11 +86,14 @@ def test_folders_without_evaluations_are_named(tmp_path, capsys, content, said):
 
 
 def test_a_run_that_was_not_evaluated_is_no_evaluation(tmp_path, capsys):
-  (tmp_path / "config.json").write_text("{}")
-  (tmp_path / "metrics.jsonl").write_text("{}\n")
-  assert scores.main([str(tmp_path)]) == 2
+  folder = tmp_path / "my run"
+  folder.mkdir()
+  (folder / "config.json").write_text("{}")
+  (folder / "metrics.jsonl").write_text("{}\n")
+  assert scores.main([str(folder)]) == 2
   said = capsys.readouterr().err
   assert "holds no evaluation" in said and "remove" not in said
+  assert f"--mode=eval '--workdir={folder}'" in said
 
 
 def test_an_evaluation_goes_over_its_own_files_and_no_others(tmp_path):

@@ -152,6 +152,25 @@ def test_every_entry_and_seed_runs_in_its_folder_with_its_overrides(place):
   assert "accuracy 0.250 -> 0.500" in said
 
 
+def test_what_comes_next_is_printed_as_a_shell_reads_it(place):
+  (place / "cure").touch()
+  out = place / "my sweep"
+  code, said, _ = call(
+    f"--config={place}/config.py", f"--out={out}", "--filter=plain-seed0"
+  )
+  assert code == 0, said
+  (line,) = [x for x in said.splitlines() if x.startswith("Next: ")]
+  assert shlex.split(line)[1:] == ["python", "launch/report.py", str(out)]
+
+
+def test_a_link_that_leads_nowhere_is_refused_as_a_folder(place):
+  link = place / "link"
+  link.symlink_to(place / "gone")
+  code, _, err = call(f"--config={place}/config.py", f"--out={link}")
+  assert code == 2
+  assert f"{link} is a symbolic link" in err and "remove the link" in err
+
+
 def test_goes_on_after_a_failure_names_it_and_tries_it_again(place):
   out = place / "out"
   command = (f"--config={place}/config.py", f"--out={out}")

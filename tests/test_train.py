@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -252,12 +253,18 @@ def test_a_folder_in_use_is_refused_in_every_process(
   assert (tmp_path / "run").exists() == main_process
 
 
-def test_what_comes_next_is_printed_with_the_folder(tiny, tmp_path, capsys):
-  folder = tmp_path / "run"
+def test_what_comes_next_is_printed_as_a_shell_reads_it(tiny, tmp_path, capsys):
+  folder = tmp_path / "my run's"
   assert main.main(tiny(folder, objective__lambda_=0.0, run__steps=1)) == 0
   said = " ".join(capsys.readouterr().out.split())
-  assert f"--workdir={folder} --mode=eval --config.eval.split=test" in said
   assert "this run was advantage-weighted ELBO" in said
+  words = shlex.split(said.partition("Next: ")[2])
+  assert words[:5] == [
+    *("python", "-m", "rspo_jax.report", str(folder), "--out=report.html")
+  ]
+  assert words[8] == f"--model={folder}/model"
+  again = [f"--workdir={folder}", "--mode=eval", "--config.eval.split=test"]
+  assert words[-3:] == again
 
 
 def test_samples_hold_prompt_completion_reward_and_verdict(whole):
