@@ -50,6 +50,7 @@ def get_config() -> ml_collections.ConfigDict:
   #     from, its reference too; rank, alpha and targets are then the folder's
   lora.dual = True  # policy and reference in one pass over the frozen base;
   #                   False: the reference alone, while the host verifies
+  lora.merge_dtype = "stored"  # stored (model.param_dtype) | float32: of model/
 
   config.task = task = ml_collections.ConfigDict()
   task.name = "countdown"  # key of rspo_jax.tasks.TASKS, reasoning_gym:NAME

@@ -92,6 +92,7 @@ _CHOICES = {
   "model.compute_dtype": ("auto", *_DTYPES),
   "model.param_dtype": _DTYPES,
   "model.attention": ("einsum", "flash"),
+  "lora.merge_dtype": ("stored", "float32"),
   "optimizer.moment_dtype": _DTYPES,
 }
 _SEEDS = ("run.seed", "data.seed")

@@ -545,11 +545,22 @@ def fresh_state(program: Program):
 
 
 def merged(program: Program, trained) -> hf_weights.Model:
-  """The trained model with all its weights, for export."""
+  """The trained model with all its weights, for export.
+
+  An adapter is added to the base in float32 and rounded to the base's dtype,
+  or with lora.merge_dtype=float32 to none.
+  """
   if program.lora is not None:
     scale = program.lora.scale
+    exact = program.settings.lora["merge_dtype"] == "float32"
+
+    def merge(base, adapter):
+      if exact:
+        base = jax.tree.map(lambda x: x.astype(jnp.float32), base)
+      return lora.merge(base, adapter, scale)
+
     trained = jax.jit(
-      lambda base, adapter: lora.merge(base, adapter, scale),
+      merge,
       out_shardings=jax.tree.map(lambda x: x.sharding, program.model.params),
     )(program.frozen.base, trained)
   return dataclasses.replace(program.model, params=trained)

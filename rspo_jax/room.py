@@ -76,7 +76,13 @@ def check_disk(
     count = checkpoints_kept(settings.run) + 1  # one is being written
     need = count * one
     if settings.run.export:
-      need += tree_bytes(program.model.params)
+      params = program.model.params
+      exact = settings.lora["merge_dtype"] == "float32"
+      if program.lora is not None and exact:
+        params = jax.tree.map(
+          lambda x: jax.ShapeDtypeStruct(x.shape, np.float32), params
+        )
+      need += tree_bytes(params)
     there = pathlib.Path(workdir) / "checkpoints"
     room = free_bytes(workdir) + _folder_bytes(there)
     if need > room:

@@ -31,6 +31,7 @@ FREE_KEYS = (
   "run.logger",
   "run.profile",
   "run.export",
+  "lora.merge_dtype",
   "run.compilation_cache",
   "run.log",
   "data.dir",

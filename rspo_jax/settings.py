@@ -91,7 +91,9 @@ class Settings:
   """A whole run, ready to build."""
 
   model: dict[str, Any]
-  lora: dict[str, Any]  # settings (lora.LoraSettings | None), path, dual
+  lora: dict[
+    str, Any
+  ]  # settings (lora.LoraSettings | None), path, dual, merge_dtype
   task: dict[str, Any]
   data: Any  # tasks.base.DataSettings
   prompt_length: int
@@ -390,7 +392,7 @@ def _model(keys) -> dict[str, Any]:
 
 
 def _adapter(keys) -> dict[str, Any]:
-  """The adapter that is trained, if any: settings, path, dual."""
+  """The adapter that is trained, if any: settings, path, dual, merge_dtype."""
   from rspo_jax.models import lora
 
   path, here = keys.path, keys.path and "://" not in keys.path
@@ -410,7 +412,12 @@ def _adapter(keys) -> dict[str, Any]:
       targets=tuple(filter(None, keys.targets.split(","))),
       rslora=keys.rslora,
     )
-  return {"settings": settings, "path": path, "dual": keys.dual}
+  return {
+    "settings": settings,
+    "path": path,
+    "dual": keys.dual,
+    "merge_dtype": keys.merge_dtype,
+  }
 
 
 def _listed(key: str, text: str, kind, what: str) -> list:

@@ -4,7 +4,6 @@ import contextlib
 import functools
 import json
 import pathlib
-import shutil
 import tracemalloc
 
 import jax
@@ -830,9 +829,14 @@ def test_ids_that_the_config_leaves_out_come_from_the_tokenizer():
 
 
 def test_unknown_files_beside_the_checkpoint_do_not_matter(tmp_path):
-  folder = write_folder(tmp_path, LLADA, tensors_of(LLADA))
-  shutil.copy(
-    folder / "model.safetensors", folder / "adapter_model.safetensors"
+  folder = write_folder(tmp_path / "with", LLADA, tensors_of(LLADA))
+  # Weights of the same names: read by mistake they would be taken.
+  safetensors.numpy.save_file(
+    {name: tensor + 1 for name, tensor in tensors_of(LLADA).items()},
+    folder / "adapter_model.safetensors",
   )
   (folder / "README.md").write_text("hello")
-  hf_weights.load_model(folder)
+  clean = write_folder(tmp_path / "clean", LLADA, tensors_of(LLADA))
+  loaded, alone = (hf_weights.load_model(path) for path in (folder, clean))
+  assert loaded.config == alone.config
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, alone.params)
