@@ -39,9 +39,15 @@ def old_values(terms):
 
 
 def clipped(ratio, advantage, settings):
-  """min(rho A, clip(rho, 1 - e, 1 + e) A)."""
+  """min(rho A, clip(rho, 1 - e, 1 + e) A).
+
+  On the edge of the region both are one: there the slope is that of rho A, so
+  that with e = 0 a step on policy is the policy gradient.
+  """
   low, high = 1.0 - settings.clip, 1.0 + settings.clip
-  return jnp.minimum(ratio * advantage, jnp.clip(ratio, low, high) * advantage)
+  free, bound = ratio * advantage, jnp.clip(ratio, low, high) * advantage
+  # `minimum` would share the slope of a tie among both, `clip` halve its part.
+  return jnp.where(bound < free, jax.lax.stop_gradient(bound), free)
 
 
 def k3(log_ratio):
