@@ -255,7 +255,7 @@ class ObjectiveSettings:
     kl_reduction: of tracerl's pull within a step, "sum" or "mean".
     ratio_norm: gdpo's log-ratio per sequence ("none") or per token ("length").
     beta: vrpo's and trafl's inverse temperature.
-    pairs: vrpo's pairs, "all" right-wrong ones or the "extremes".
+    pairs: vrpo's pairs, "all" of unequal rewards or the "extremes".
     sft_weight: vrpo's weight of the winner's score.
     negative_score, bound_mix, bound_power: spg's score of completions with
       negative advantage, w of its mixture, exponent of the upper bound.

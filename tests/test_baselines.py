@@ -533,6 +533,28 @@ def test_pairs_of_equal_advantage_do_not_exist():
     assert pairs.sum((1, 2)).tolist() == [count, 0]
 
 
+def test_pairs_are_of_a_better_and_a_worse_reward_also_among_wrong_ones():
+  graded = np.float32([[1.0, 0.4, 0.1], [0.2, 0.0, 0.2]])  # one is right
+  for rewards in (graded, np.float32(graded == 1)):
+    correct = graded == 1
+    advantage = objectives.OBJECTIVES["vrpo"].advantages(
+      rewards, correct, False
+    )
+    settings = settings_of("vrpo", pairs="all")
+    keep = jnp.ones(N)
+    pairs = baselines.group_pairs(jnp.asarray(advantage), keep, settings)
+    better = rewards[:, :, None] > rewards[:, None, :]
+    np.testing.assert_array_equal(pairs, better)
+    settings = settings_of("vrpo", pairs="extremes")
+    extremes = baselines.group_pairs(jnp.asarray(advantage), keep, settings)
+    for group, own in zip(rewards, extremes, strict=True):
+      wanted = [[group.argmax(), group.argmin()]] if np.ptp(group) else []
+      assert np.argwhere(own).tolist() == wanted
+  # Rewards of 1 and 0, the last of the two: right against wrong.
+  right_wrong = correct[:, :, None] & ~correct[:, None, :]
+  np.testing.assert_array_equal(pairs, right_wrong)
+
+
 # Adding one.
 
 
