@@ -141,7 +141,7 @@ def get_config() -> ml_collections.ConfigDict:
   objective.kl_reduction = "mean"  # mean | sum, of tracerl's pull in a step
   objective.ratio_norm = "none"  # none | length: gdpo's log-ratio
   objective.beta = 1.0  # inverse temperature of vrpo and trafl, > 0
-  objective.pairs = "all"  # all | extremes: vrpo's right-wrong pairs
+  objective.pairs = "all"  # all | extremes: vrpo's pairs, better x worse
   objective.sft_weight = 0.0  # vrpo's weight of the winner's score, >= 0
   objective.negative_score = "mix"  # mix | eubo | elbo | none: spg, A < 0
   objective.bound_mix = 0.5  # spg's share of the upper bound, 0 to 1

@@ -39,9 +39,15 @@ def old_values(terms):
 
 
 def clipped(ratio, advantage, settings):
-  """min(rho A, clip(rho, 1 - e, 1 + e) A)."""
+  """min(rho A, clip(rho, 1 - e, 1 + e) A).
+
+  On the edge of the region both are one: there the slope is that of rho A, so
+  that with e = 0 a step on policy is the policy gradient.
+  """
   low, high = 1.0 - settings.clip, 1.0 + settings.clip
-  return jnp.minimum(ratio * advantage, jnp.clip(ratio, low, high) * advantage)
+  free, bound = ratio * advantage, jnp.clip(ratio, low, high) * advantage
+  # `minimum` would share the slope of a tie among both, `clip` halve its part.
+  return jnp.where(bound < free, jax.lax.stop_gradient(bound), free)
 
 
 def k3(log_ratio):
@@ -152,8 +158,9 @@ def gdpo(terms, settings):
 def group_pairs(advantage, keep, settings):
   """(winner, loser) of each pair of a group: f32 [B, G, G], [b, w, l].
 
-  All right-wrong pairs, or the best against the worst (the first of each);
-  none where rewards tie.
+  Every pair of a better and a worse reward, be both right or wrong (with
+  rewards of 1 and 0: right against wrong), or the best against the worst (the
+  first of each); none where rewards tie.
   """
   size = settings.group_size
   a = advantage.reshape(-1, size)
@@ -173,7 +180,8 @@ def vrpo(terms, settings):
   L = -log sigmoid(beta [(E - E_ref)(w) - (E - E_ref)(l)]) - eta s(w), a mean
   over the pairs of a group and then over groups; the same masks for policy and
   reference. An adaptation: the paper trains on offline pairs, here they are
-  pairs of the on-policy group; coefficients come from memory of the paper.
+  pairs of the on-policy group, of which the reward says which is better
+  (`group_pairs`); coefficients come from memory of the paper.
   """
   s = terms.policy.mean(-1)
   d = s - jax.lax.stop_gradient(terms.reference).mean(-1)

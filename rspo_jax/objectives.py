@@ -106,22 +106,20 @@ def solved_advantages(
 
 
 def rewarded_advantages(correct: np.ndarray) -> np.ndarray:
-  """Advantage of rejection sampling: N' / N+ for right completions, else 0.
+  """Advantage of rejection sampling: N / N+ for right completions, else 0.
 
-  N+ counts the right completions, N' the completions of groups that have one
-  (groups without any are dropped); the mean over kept sequences of A_i x_i is
-  then the plain mean of x over right completions.
+  N counts all completions, N+ the right ones: given those that are kept, with
+  or without groups that have none, the mean over them of A_i x_i is the plain
+  mean of x over right completions.
 
   Args:
-    correct: bool [b, G].
+    correct: bool [b, G], of the groups that are kept.
 
   Returns:
     f32 [b, G].
   """
   correct = np.asarray(correct, bool)
-  right = correct.sum()
-  kept = correct.any(1).sum() * correct.shape[1]
-  return (correct * (kept / max(right, 1))).astype(np.float32)
+  return (correct * (correct.size / max(correct.sum(), 1))).astype(np.float32)
 
 
 def others_advantages(rewards: np.ndarray, normalize: bool) -> np.ndarray:
@@ -257,7 +255,7 @@ class ObjectiveSettings:
     kl_reduction: of tracerl's pull within a step, "sum" or "mean".
     ratio_norm: gdpo's log-ratio per sequence ("none") or per token ("length").
     beta: vrpo's and trafl's inverse temperature.
-    pairs: vrpo's pairs, "all" right-wrong ones or the "extremes".
+    pairs: vrpo's pairs, "all" of unequal rewards or the "extremes".
     sft_weight: vrpo's weight of the winner's score.
     negative_score, bound_mix, bound_power: spg's score of completions with
       negative advantage, w of its mixture, exponent of the upper bound.

@@ -327,23 +327,22 @@ def assemble(
     return advantages
 
   advantages = advantages_of(rewards, correct)
-  if keep_groups and skip_equal_groups:
-    surplus = np.flatnonzero((advantages != 0).any(1))[keep_groups:]
-    if len(surplus):
-      # Anew: some advantages are relative to all completions that are kept.
-      rest = np.setdiff1d(np.arange(len(rewards)), surplus)
-      advantages = np.zeros_like(advantages)
-      advantages[rest] = advantages_of(rewards[rest], correct[rest])
+  keep = np.ones(len(rewards), bool)
+  if skip_equal_groups:
+    keep = (advantages != 0).any(1)
+    if keep_groups:
+      keep &= keep.cumsum() <= keep_groups
+    # Anew: some advantages are relative to all completions that are kept.
+    advantages = np.zeros_like(advantages)
+    advantages[keep] = advantages_of(rewards[keep], correct[keep])
   if finished is not None:
     finished = finished.reshape(len(finished), -1, group)
     advantages = objectives.process_advantages(advantages, rewards, finished)
   targets = objectives.targets(
     advantages, objective.lambda_ if lambda_ is None else lambda_
   )
-  keep = np.ones(len(rewards), bool)
   order = np.arange(len(rewards))
   if skip_equal_groups:
-    keep = (advantages != 0).any(1)
     order = order_by_keep(keep, shards)
   rows = (order[:, None] * group + np.arange(group)).reshape(-1)
   scored, seen = scope_masks(completion_mask, token_mask, scope)

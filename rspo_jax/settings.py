@@ -592,9 +592,9 @@ def _check_objective(config, objective, sampler, shards: int) -> None:
       )
   if entry.needs_difference and not config.objective.skip_equal_groups:
     raise ValueError(
-      "objective.skip_equal_groups=False leaves groups without any right-wrong "
-      f"pair, from which objective.name={objective.name!r} learns nothing while "
-      "momentum goes on; use True."
+      "objective.skip_equal_groups=False leaves groups without any pair of "
+      f"unequal rewards, from which objective.name={objective.name!r} learns "
+      "nothing while momentum goes on; use True."
     )
   if entry.finishes and (
     sampler.adaptive

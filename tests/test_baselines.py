@@ -246,6 +246,7 @@ def trafl(t, policy, s):
 
 VARIANTS = [
   *((name, {}) for name in OTHERS),
+  ("espo", {"clip": 0.0}),
   ("gdpo", {"ratio_norm": "length"}),
   ("vrpo", {"pairs": "extremes", "sft_weight": 0.4}),
   ("spg", {"negative_score": "eubo", "bound_power": 2.0}),
@@ -323,6 +324,18 @@ def test_without_old_terms_the_ratio_is_one(name):
   given = value_and_gradient(terms.replace(old=terms.policy), settings_of(name))
   np.testing.assert_allclose(value, given[0], rtol=1e-6)
   np.testing.assert_allclose(gradient, given[1], rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1e-9, 0.2])
+@pytest.mark.parametrize("name", OTHERS)
+def test_at_ratio_one_the_gradient_is_unclipped_whatever_the_width(name, clip):
+  if not objectives.OBJECTIVES[name].ratio:
+    pytest.skip("has no ratio")
+  terms = terms_of(name, old=False)
+  narrow = value_and_gradient(terms, settings_of(name, clip=clip))
+  wide = value_and_gradient(terms, settings_of(name, clip=1e3))
+  np.testing.assert_allclose(narrow[0], wide[0], rtol=1e-6)
+  np.testing.assert_allclose(narrow[1], wide[1], rtol=1e-5, atol=1e-8)
 
 
 # Advantages, by their definitions.
@@ -494,15 +507,17 @@ def test_trafl_is_a_multiple_of_rspo_centred_by_group():
   )
 
 
-def test_espo_on_policy_is_rspo_without_centring_at_lambda_length_beta():
+@pytest.mark.parametrize("clip", [0.0, 0.2])
+def test_espo_on_policy_is_rspo_without_centring_at_lambda_length_beta(clip):
   beta, length = 0.3, 4.0
   terms = terms_of("espo", old=False, length=np.full(N, length))
   terms = terms.replace(target=terms.advantage / (length * beta))
   rspo = settings_of(
     "rspo", lambda_=length * beta, lambda_unit="token", centring="none"
   )
+  espo = settings_of("espo", kl_weight=beta, clip=clip)
   np.testing.assert_allclose(
-    value_and_gradient(terms, settings_of("espo", kl_weight=beta))[1],
+    value_and_gradient(terms, espo)[1],
     value_and_gradient(terms, rspo)[1],
     rtol=1e-4,
     atol=1e-6,
@@ -516,6 +531,28 @@ def test_pairs_of_equal_advantage_do_not_exist():
       advantage, jnp.ones(N), settings_of("vrpo", pairs=kind)
     )
     assert pairs.sum((1, 2)).tolist() == [count, 0]
+
+
+def test_pairs_are_of_a_better_and_a_worse_reward_also_among_wrong_ones():
+  graded = np.float32([[1.0, 0.4, 0.1], [0.2, 0.0, 0.2]])  # one is right
+  for rewards in (graded, np.float32(graded == 1)):
+    correct = graded == 1
+    advantage = objectives.OBJECTIVES["vrpo"].advantages(
+      rewards, correct, False
+    )
+    settings = settings_of("vrpo", pairs="all")
+    keep = jnp.ones(N)
+    pairs = baselines.group_pairs(jnp.asarray(advantage), keep, settings)
+    better = rewards[:, :, None] > rewards[:, None, :]
+    np.testing.assert_array_equal(pairs, better)
+    settings = settings_of("vrpo", pairs="extremes")
+    extremes = baselines.group_pairs(jnp.asarray(advantage), keep, settings)
+    for group, own in zip(rewards, extremes, strict=True):
+      wanted = [[group.argmax(), group.argmin()]] if np.ptp(group) else []
+      assert np.argwhere(own).tolist() == wanted
+  # Rewards of 1 and 0, the last of the two: right against wrong.
+  right_wrong = correct[:, :, None] & ~correct[:, None, :]
+  np.testing.assert_array_equal(pairs, right_wrong)
 
 
 # Adding one.

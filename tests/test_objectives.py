@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rspo_jax import likelihood, objectives
+from rspo_jax import likelihood, objectives, rollout
 from rspo_jax.objectives import ObjectiveSettings, Terms
+from rspo_jax.tasks import base
 
 PROMPTS, GROUP, MASKS = 3, 4, 4
 N = PROMPTS * GROUP
@@ -646,16 +647,48 @@ def test_supervised_training_is_rspo_with_advantage_one_and_no_lambda():
   np.testing.assert_allclose(b[0], -scores[DROPPED == 1].mean(), rtol=1e-6)
 
 
-def test_rejection_sampling_is_the_plain_mean_over_right_completions():
-  correct = np.array([[1, 0, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]], bool)
-  advantage = objectives.rewarded_advantages(correct)
-  assert advantage.dtype == np.float32
-  assert ((advantage != 0) == correct).all()
-  keep = np.repeat(correct.any(1), GROUP)
-  settings = settings_of(name="rft")
-  terms = terms_of(settings, advantage=advantage.reshape(-1), keep=keep)
+def assembled(correct, settings, **options):
+  """`rollout.assemble` of completions of one token with these verdicts."""
+  n = correct.size
+  verdicts = [base.Verdict(float(x), bool(x), {}, "") for x in correct.flat]
+  return rollout.assemble(
+    np.zeros((n, 2), np.int32),
+    np.ones((n, 2), bool),
+    np.ones((n, 1), bool),
+    rollout.Judged([""] * n, verdicts),
+    settings,
+    normalize=False,
+    scope="completion",
+    shards=1,
+    **options,
+  )
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {"skip_equal_groups": False},
+    {"skip_equal_groups": True},
+    {"skip_equal_groups": True, "keep_groups": 1},
+  ],
+)
+@pytest.mark.parametrize("wrong_groups", [0, 1, 3])
+def test_rejection_sampling_is_the_plain_mean_over_right_completions(
+  options, wrong_groups
+):
+  correct = [[1, 0, 0, 1], *[[0, 0, 0, 0]] * wrong_groups, [0, 1, 1, 1]]
+  correct = np.array(correct, bool)
+  settings = settings_of(name="rft", group_size=4)
+  batch = assembled(correct, settings, **options)
+  assert batch.advantage.dtype == np.float32
+  right = correct.reshape(-1)[batch.row]
+  if "keep_groups" in options:
+    right &= batch.row < 4
+  assert ((batch.advantage != 0) == right).all()
+  keep = batch.keep > 0
+  n = len(right)
+  terms = terms_of(settings, n=n, advantage=batch.advantage, keep=keep)
   value, gradient, metrics = weights_of(terms, settings)
-  right = correct.reshape(-1)
   scores = np.asarray(terms.policy, np.float64).mean(1)
   np.testing.assert_allclose(value, -scores[right].mean(), rtol=1e-6)
   wanted = np.where(right, -1 / right.sum() / MASKS, 0)[:, None]
@@ -664,8 +697,14 @@ def test_rejection_sampling_is_the_plain_mean_over_right_completions():
   np.testing.assert_allclose(
     metrics["score/relative_mean"], relative[keep].mean(), rtol=1e-4
   )
-  nothing = objectives.rewarded_advantages(np.zeros((2, 3), bool))
-  assert (nothing == 0).all()
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_rejection_sampling_of_nothing_right_moves_nothing(skip):
+  settings = settings_of(name="rft", group_size=3)
+  batch = assembled(np.zeros((2, 3), bool), settings, skip_equal_groups=skip)
+  assert (batch.advantage == 0).all()
+  assert (batch.keep == (not skip)).all()
 
 
 # Advantages and targets, on the host.
