@@ -159,6 +159,7 @@ def get_config() -> ml_collections.ConfigDict:
   optimizer.weight_decay = 0.0  # of matrices
   optimizer.clip_norm = 1.0  # global gradient norm
   optimizer.moment_dtype = "float32"  # float32 | bfloat16: storage of moments
+  #      and of a step's sum of gradients (that of float32 parameters: float32)
 
   config.train = train = ml_collections.ConfigDict()
   train.micro_batch = 32  # sequences of one forward-backward, over all devices

@@ -325,7 +325,17 @@ def describe(program: program_lib.Program) -> Described:
   )
   in_update = forward if inside else 0.0
   sampler = settings.sampler
-  kept = {"gradients": chip_bytes(state.params)}
+  gradients = state.params
+  if sequences * masks > micro * together:
+    gradients = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape,
+        jnp.promote_types(x.dtype, settings.optimizer.moment_dtype),
+        sharding=x.sharding,
+      ),
+      gradients,
+    )
+  kept = {"gradients": chip_bytes(gradients)}
   if config.remat:
     kept["layer inputs"] = (
       micro

@@ -464,6 +464,7 @@ def assemble(
         settings.objective,
         policy,
         both_logprob_fn if dual else None,
+        settings.optimizer.moment_dtype,
       ),
       donate_argnums=0,
       out_shardings=(state_shardings, whole),

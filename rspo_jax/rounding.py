@@ -42,6 +42,21 @@ def widen(tree):
   )
 
 
+def add(total, new, key: jax.Array):
+  """Sum of two trees in the dtypes of the first; what is lost is made up for.
+
+  In bfloat16 the sum is rounded stochastically: a summand of less than half of
+  the distance to the next number arrives on average.
+
+  Args:
+    total: tree of floating leaves.
+    new: tree of the same shapes.
+    key: of this addition alone.
+  """
+  sums = jax.tree.map(jnp.add, widen(total), widen(new))
+  return store(sums, total, key)
+
+
 def store(values, like, key: jax.Array):
   """Values in the dtypes of a tree of the same structure.
 

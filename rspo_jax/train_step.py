@@ -37,7 +37,12 @@ from rspo_jax import likelihood, objectives, rounding
 
 # Streams of randomness: fold_in(fold_in(root, step), stream).
 ROLLOUT, MASKS, EVAL = 0, 1, 2
-_ROUNDING = 0x726F756E  # fold of the MASKS key: bits of stochastic rounding
+# Folds beside those that `split` and counts give, so that no key is derived
+# twice: of the MASKS key the bits of stochastic rounding of a step and of sums
+# of gradients, and the masks of updates after the first; of the ROLLOUT key the
+# completions of partial canvases.
+_ROUNDING, _SUMMING, _UPDATES = 0x726F756E, 0x73756D6D, 0x75706474
+_FINISHES = 0x66696E69
 PASSES = ("auto", "one", "two")
 SCHEDULES = ("constant", "cosine", "linear")
 
@@ -47,6 +52,17 @@ def stream_key(seed: int, step, stream: int) -> jax.Array:
   return jax.random.fold_in(
     jax.random.fold_in(jax.random.key(seed), step), stream
   )
+
+
+def mask_key(seed: int, step, update: int = 0) -> jax.Array:
+  """Key of the masks of one of a step's updates."""
+  key = stream_key(seed, step, MASKS)
+  return jax.random.fold_in(key, _UPDATES + update) if update else key
+
+
+def finish_keys(rollout_key: jax.Array, count: int) -> jax.Array:
+  """Keys [count] for completions of a rollout's partial canvases."""
+  return jax.random.split(jax.random.fold_in(rollout_key, _FINISHES), count)
 
 
 @struct.dataclass
@@ -489,6 +505,7 @@ def make_update(
   objective: objectives.ObjectiveSettings,
   join: Callable | None = None,
   pair_fn: Callable | None = None,
+  sum_dtype: str = "float32",
 ) -> Callable:
   """Builds update(state, batch, key, reference, policy=None, old=None,
   frozen=None).
@@ -503,6 +520,9 @@ def make_update(
       None: state.params.
     pair_fn: a `logprob_fn` that scores policy and reference in one pass; one
       pass then needs no reference from outside.
+    sum_dtype: of gradients summed over micro-batches; those of float32
+      parameters are float32. "bfloat16" takes half the memory and rounds
+      stochastically: an error that grows as M^(1/2) and averages out.
 
   Args of the returned function: the state (donate it), the batch, the MASKS
   key of the update, and values of the batch from `estimate` with that key: the
@@ -600,11 +620,16 @@ def make_update(
       def body(index, carry):
         gradient, new = micro_gradient(index)
         gradients, values = carry
-        return jax.tree.map(jnp.add, gradients, gradient), jax.tree.map(
+        bits = jax.random.fold_in(sums_key, index)
+        return rounding.add(gradients, gradient, bits), jax.tree.map(
           lambda all_, x: all_.at[index].set(x), values, new
         )
 
-      start = jax.tree.map(jnp.zeros_like, state.params)
+      sums_key = jax.random.fold_in(key, _SUMMING)
+      start = jax.tree.map(
+        lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, sum_dtype)),
+        state.params,
+      )
       empty = (_no_values(cut, masks, per_token),) * (2 if dual else 1)
       gradients, values = jax.lax.fori_loop(
         0, cut.active(batch.keep), body, (start, empty)

@@ -68,3 +68,23 @@ def test_an_optimizer_with_bfloat16_state_takes_the_same_way_on_average():
   moved = walk(params, state, jax.random.key(2))[0]["kernel"]
   moved = np.asarray(moved, np.float64) - np.float64(params["kernel"][0, 0])
   assert abs(moved.mean() + 1e-3) < 0.05e-3
+
+
+def test_sums_of_gradients_keep_what_bfloat16_alone_would_lose():
+  # Rounded to nearest, a sum of equal numbers stops at 256 of them.
+  for count in (16, 256, 1024):
+
+    @jax.jit
+    def summed(total, root, count=count):
+      one = jnp.full(total.shape, 1 / count, jnp.bfloat16)
+      body = lambda i, x: rounding.add(x, one, jax.random.fold_in(root, i))  # noqa: E731
+      return jax.lax.fori_loop(0, count, body, total)
+
+    key = jax.random.key(5)
+    exact = np.asarray(summed(jnp.zeros(4096), key), np.float64)
+    np.testing.assert_array_equal(exact, 1.0)
+    rounded = np.asarray(summed(jnp.zeros(4096, jnp.bfloat16), key), np.float64)
+    # A walk of `count` roundings, each of at most the distance of neighbours
+    # below 2, 2**-7: 5 standard errors of its mean.
+    assert abs(rounded.mean() - 1) < 5 * 2.0**-7 * (count / 4096) ** 0.5
+    assert rounded.std() < 2.0**-8 * count**0.5

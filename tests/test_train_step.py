@@ -575,6 +575,92 @@ def test_three_donated_updates_leave_the_reference_as_it_was():
   assert int(state.step) == 3
 
 
+def descendants(key, count=32):
+  """A key's words, its children's by `split` and small folds, and theirs."""
+  fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+  children = [fold(key, jnp.arange(count))]
+  children += [jax.random.split(key, parts) for parts in (2, 3, 4, 5)]
+  grandchildren = [fold(children[0][i], jnp.arange(count)) for i in range(4)]
+  keys = jnp.concatenate([key[None], *children, *grandchildren])
+  return {tuple(words) for words in jax.random.key_data(keys).tolist()}
+
+
+def test_no_key_of_a_step_is_derived_twice():
+  owner_of = {}
+  # With completions of older parameters two steps are under way at a time.
+  for step in (6, 7):
+    rollout = train_step.stream_key(3, step, train_step.ROLLOUT)
+    keys = {"rollout": rollout}
+    for index, key in enumerate(train_step.finish_keys(rollout, 3)):
+      keys[f"finish {index}"] = key
+    for update in range(4):
+      masks = keys[f"masks {update}"] = train_step.mask_key(3, step, update)
+      for name in ("_ROUNDING", "_SUMMING"):
+        fold = getattr(train_step, name)
+        keys[f"{name} {update}"] = jax.random.fold_in(masks, fold)
+    for name, key in keys.items():
+      for words in descendants(key):
+        owner = owner_of.setdefault(words, (step, name))
+        assert owner == (step, name)
+  # Those of the rollout and of the first update are the streams' own.
+  first = train_step.stream_key(3, 7, train_step.MASKS)
+  assert train_step.mask_key(3, 7) == first
+
+
+@pytest.mark.parametrize("count", (1, 16, 256))
+@pytest.mark.parametrize("sum_dtype", ("float32", "bfloat16"))
+def test_gradients_of_bfloat16_parameters_sum_to_those_of_float64(
+  sum_dtype, count
+):
+  # Sum over micro-batches of x_i, each as bfloat16 has it, beside numpy's.
+  width = 512
+  rng = np.random.default_rng(count)
+  x = jnp.asarray(1 + rng.standard_normal((count, width)), jnp.bfloat16)
+  objective = objectives.ObjectiveSettings("sft", group_size=1)
+
+  def logprob(params, tokens, token_mask, target, rows):
+    # What `likelihood.score` makes of it is linear: its weight is 1.
+    mine = x[tokens[:, 0, 0]].astype(jnp.float32)
+    value = mine @ params["kernel"].astype(jnp.float32)
+    return jnp.repeat(value[:, None], rows.shape[1], axis=1)
+
+  def taken(gradients, state, params=None):
+    return jax.tree.map(jnp.zeros_like, gradients), gradients
+
+  update = jax.jit(
+    train_step.make_update(
+      logprob,
+      MASK_ID,
+      optax.GradientTransformation(None, taken),
+      lambda count: 0.0,
+      train_step.StepSettings(1),
+      likelihood.LikelihoodSettings("uniform", 1),
+      objective,
+      sum_dtype=sum_dtype,
+    )
+  )
+  params = {"kernel": jnp.zeros(width, jnp.bfloat16)}
+  moments = {"kernel": jnp.zeros(width)}
+  state = train_step.TrainState(jnp.int32(0), params, moments)
+  zeros = jnp.zeros(count)
+  batch = train_step.RolloutBatch(
+    tokens=jnp.broadcast_to(jnp.arange(count)[:, None], (count, 2)),
+    token_mask=jnp.ones((count, 2), bool),
+    completion_mask=jnp.ones((count, 1), bool),
+    advantage=zeros,
+    target=zeros,
+    keep=zeros + 1,
+  )
+  state, _ = update(state, batch, KEY, None)
+  exact = -np.asarray(x, np.float64).mean(0)
+  found = np.asarray(state.opt_state["kernel"], np.float64)
+  error = np.linalg.norm(found - exact) / np.linalg.norm(exact)
+  along = found @ exact / (exact @ exact) - 1
+  # Each summand is a bfloat16: off by up to 2**-9 of itself.
+  assert error < 2.0**-8 + (sum_dtype == "bfloat16") * 0.002 * count**0.5
+  assert abs(along) < 0.002
+
+
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 def test_nothing_is_compiled_after_the_first_step(dtype):
   (update, optimizer), programs = adam_update(), 0
