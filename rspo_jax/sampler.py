@@ -19,15 +19,15 @@ in 3 (the share 1 - s/t of the masks still there, or a coin a position).
 
 With a cache, the first forward of a block covers the whole canvas and fills
 it; later ones of the block recompute the block only (dual) or everything from
-the block's start (prefix). Rows do not look at each other (but for Dream's
-share, which is of the batch's mean mask count): a row that is done waits for
-the rest of the batch.
+the block's start (prefix). Rows do not look at each other: a row that is done
+waits for the rest of the batch.
 
 Sources: LLaDA, arXiv 2502.09992, algorithms 4 and 5; Dream, arXiv 2508.15487;
 Fast-dLLM, arXiv 2505.22618 (dual cache, threshold, factor). Where we differ:
 draws are a function of (key, row, step, position in the completion), so that
-neither slicing, sharding nor padding a batch changes a sample; a predicted
-mask token is never placed unless `mask_policy="compete"`.
+neither slicing, sharding nor padding a batch changes a sample; Dream's share
+is of each row's masks, not of the batch's mean; a predicted mask token is
+never placed unless `mask_policy="compete"`.
 """
 
 import dataclasses
@@ -409,13 +409,15 @@ def _share(step, settings):
   return jnp.asarray(shares)[step]
 
 
-def mean_quota(remaining, step, eligible, settings):
-  """Dream: floor of the batch's mean mask count times the step's share."""
+def floor_quota(remaining, step, eligible, settings):
+  """Dream: floor of the row's mask count times the step's share.
+
+  The reference takes the batch's mean count, which is the same for rows alike;
+  of unlike ones (ended, partly given) it would leave the fuller ones masked.
+  """
   del remaining
-  masks = jnp.sum(eligible, dtype=jnp.int32).astype(jnp.float32)
-  mean = masks / jnp.float32(eligible.shape[0])
-  quota = jnp.floor(mean * _share(step, settings)).astype(jnp.int32)
-  return jnp.full(eligible.shape[:1], quota)
+  masks = jnp.sum(eligible, axis=1, dtype=jnp.int32).astype(jnp.float32)
+  return jnp.floor(masks * _share(step, settings)).astype(jnp.int32)
 
 
 def share_quota(remaining, step, eligible, settings):
@@ -441,9 +443,9 @@ class Algorithm:
 
 ALGORITHMS = {
   "llada": Algorithm(llada_step, even_quota, select_by_quota),
-  "maskgit_plus": Algorithm(maskgit_plus_step, mean_quota, select_by_quota),
-  "topk_margin": Algorithm(topk_margin_step, mean_quota, select_by_quota),
-  "entropy": Algorithm(entropy_step, mean_quota, select_by_quota),
+  "maskgit_plus": Algorithm(maskgit_plus_step, floor_quota, select_by_quota),
+  "topk_margin": Algorithm(topk_margin_step, floor_quota, select_by_quota),
+  "entropy": Algorithm(entropy_step, floor_quota, select_by_quota),
   "origin": Algorithm(origin_step, share_quota, select_by_coin),
 }
 

@@ -477,6 +477,82 @@ def test_dream_algorithms_fill_all_at_a_temperature(algorithm):
   assert ((out.commit_step >= 0) & (out.commit_step < 5)).all()
 
 
+CANVASES = ("empty", "uneven", "ended")
+
+
+def filled_canvas(kind, rows=16):
+  """Canvases whose rows have unlike numbers of masks left, but for "empty"."""
+  canvas = canvas_of(rows=rows)
+  rng = np.random.default_rng(4)
+  if kind == "uneven":
+    given = rng.uniform(size=(rows, 12)) < np.linspace(0, 1, rows)[:, None]
+    canvas[:, 5:][given] = rng.integers(0, EOT, int(given.sum()))
+  elif kind == "ended":
+    canvas[:-1, 5] = EOS  # all but the last row, which has everything to do
+  return canvas
+
+
+SCHEMES = [
+  *({"algorithm": name} for name in sampler_settings.ALGORITHMS),
+  {"threshold": 0.4},
+  {"factor": 1.2},
+]
+
+
+@pytest.mark.parametrize(
+  "scheme,stop,cache",
+  [
+    *((s, stop, "none") for s in SCHEMES for stop in (False, True)),
+    ({"algorithm": "entropy"}, True, "prefix"),
+    ({"algorithm": "topk_margin"}, True, "dual"),
+    ({"threshold": 0.4}, True, "dual"),
+  ],
+  ids=str,
+)
+def test_a_completion_is_full_at_the_end(scheme, stop, cache):
+  settings = settings_of(
+    12, 6, 6, temperature=1.0, stop_at_eos=stop, cache=cache, **scheme
+  )
+  for kind in CANVASES:
+    canvas = filled_canvas(kind)
+    out = denoise(canvas, settings, fn=ending_fn)
+    assert (out.tokens != MASK).all(), kind
+    given = canvas != MASK
+    scored = np.asarray(sampler.completion_mask(out.tokens[:, 5:], EOS))
+    after = np.pad(~scored, ((0, 0), (5, 0))) & stop
+    kept = given & ~after
+    np.testing.assert_array_equal(out.tokens[kept], canvas[kept])
+    assert (out.tokens[after] == EOS).all(), kind
+    assert ((out.commit_step >= 0) == ~(given | after)[:, 5:]).all(), kind
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("algorithm", ["entropy", "origin"])
+def test_rows_with_other_mask_counts_do_not_change_a_row(algorithm, stop):
+  settings = settings_of(
+    12, 12, 5, algorithm=algorithm, temperature=1.0, stop_at_eos=stop
+  )
+  canvas = filled_canvas("uneven")
+  together = denoise(canvas, settings, fn=ending_fn)
+  some = np.array([9, 2])
+  apart = denoise(canvas[some], settings, rows=some, fn=ending_fn)
+  np.testing.assert_array_equal(apart.tokens, together.tokens[some])
+  np.testing.assert_array_equal(apart.commit_step, together.commit_step[some])
+
+
+@pytest.mark.parametrize("steps", [1, 5, 12, 30])
+def test_dream_quotas_of_rows_alike_are_those_of_the_batch_mean(steps):
+  # The reference: floor(masks of the batch / rows * share), in float32.
+  settings = settings_of(12, 12, steps, algorithm="entropy")
+  shares = sampler.dream_shares(steps, settings.time_epsilon)
+  for masks, step in itertools.product(range(13), range(steps)):
+    eligible = np.tile(np.arange(12) < masks, (7, 1))
+    mean = np.float32(eligible.sum()) / np.float32(7)
+    want = np.floor(mean * shares[step])
+    quota = sampler.ALGORITHMS["entropy"].quota(None, step, eligible, settings)
+    np.testing.assert_array_equal(quota, np.full(7, want))
+
+
 def test_drawn_orders_follow_their_softmax():
   # One of three positions with confidences 0, 1, 2 at temperature 0.8.
   confidence = np.tile(np.arange(3, dtype=np.float32), (30_000, 1))
