@@ -129,20 +129,33 @@ def completion_mask(completion: jax.Array, eos_id: int) -> jax.Array:
   return jnp.cumsum(ends, axis=-1) - ends == 0
 
 
+def gumbel(uniform: jax.Array) -> jax.Array:
+  """Standard Gumbel noise -log(-log u), finite also where u is 0.
+
+  Args:
+    uniform: f32, in [0, 1).
+
+  Returns:
+    f32 of the same shape, -4.5 or more.
+  """
+  lowest = jnp.finfo(jnp.float32).tiny
+  return -jnp.log(-jnp.log(jnp.maximum(uniform, lowest)))
+
+
 def gumbel_argmax(
-  logits: jax.Array, uniform: jax.Array, temperature: float
+  logits: jax.Array, noise: jax.Array, temperature: float
 ) -> jax.Array:
   """Draws from softmax(logits / temperature), in the log domain.
 
   Args:
     logits: f32 [..., V].
-    uniform: f32 [..., V], in [0, 1).
+    noise: f32 [..., V], standard Gumbel.
     temperature: > 0.
 
   Returns:
-    i32 [...], argmax of logits - temperature * log(-log(uniform)).
+    i32 [...], argmax of logits + temperature * noise.
   """
-  return _argmax(logits - temperature * jnp.log(-jnp.log(uniform)))
+  return _argmax(logits + temperature * noise)
 
 
 def _argmax(x):
@@ -192,8 +205,8 @@ def _choose(logits, settings, ids, draws):
     logits = _without(logits, ids.mask)
   if settings.temperature == 0:
     return _argmax(logits)
-  uniform = draws.tokens(logits.shape[-1])
-  return gumbel_argmax(logits, uniform, settings.temperature)
+  noise = gumbel(draws.tokens(logits.shape[-1]))
+  return gumbel_argmax(logits, noise, settings.temperature)
 
 
 def llada_step(logits, settings, ids, draws):
@@ -266,7 +279,7 @@ def _drawn_order(confidence, settings, draws):
   """
   if settings.order_temperature == 0:
     return confidence
-  noise = -jnp.log(-jnp.log(draws.positions()))
+  noise = gumbel(draws.positions())
   return confidence / settings.order_temperature + noise
 
 
@@ -308,38 +321,34 @@ def origin_step(logits, settings, ids, draws):
 # --- Selecting positions ----------------------------------------------------
 
 
-def ranks(confidence: jax.Array) -> jax.Array:
-  """Rank of each entry of a row, the largest 0, ties by lowest index.
+def ranks(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+  """Rank of each entry among the eligible of its row, ties by lowest index.
 
   Args:
     confidence: f32 [n, W].
+    eligible: bool [n, W]; only these count, whatever the others' confidence.
 
   Returns:
-    i32 [n, W]. Counted by comparing all pairs: W is a block, and a sort on
-    the CPU costs more than W squared fused comparisons.
+    i32 [n, W], 0 for the largest. Counted by comparing all pairs: W is a
+    block, and a sort on the CPU costs more than W squared fused comparisons.
   """
   mine, other = confidence[:, :, None], confidence[:, None, :]
   index = jnp.arange(confidence.shape[1])
   earlier = index[None, :] < index[:, None]  # [W, W]
   beats = (other > mine) | ((other == mine) & earlier)
-  return jnp.sum(beats, axis=-1, dtype=jnp.int32)
-
-
-def _ranked(confidence, eligible):
-  """Ranks among the eligible; the others come after them."""
-  return ranks(jnp.where(eligible, confidence, -jnp.inf))
+  return jnp.sum(beats & eligible[:, None, :], axis=-1, dtype=jnp.int32)
 
 
 def select_by_quota(confidence, eligible, quota, settings):
   """The quota [n] most confident positions of each row: bool [n, W]."""
   del settings
-  return eligible & (_ranked(confidence, eligible) < quota[:, None])
+  return eligible & (ranks(confidence, eligible) < quota[:, None])
 
 
 def select_by_threshold(confidence, eligible, quota, settings):
   """The best position and all at least as confident as the threshold."""
   del quota
-  best = _ranked(confidence, eligible) == 0
+  best = ranks(confidence, eligible) == 0
   return eligible & (best | (confidence >= settings.threshold))
 
 
@@ -350,7 +359,7 @@ def select_by_factor(confidence, eligible, quota, settings):
   reference program, whose scan does not tell passing from failing there.
   """
   del quota
-  rank = _ranked(confidence, eligible)
+  rank = ranks(confidence, eligible)
   masks = jnp.sum(eligible, axis=1, dtype=jnp.int32)[:, None]  # [n, 1]
   fails = (rank > 0) & (confidence < 1 - settings.factor / (rank + 2))
   stop = jnp.where(eligible & fails, rank, masks)

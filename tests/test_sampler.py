@@ -161,7 +161,9 @@ def test_completion_mask_ends_with_the_first_eos():
 
 def test_ranks_give_ties_to_the_lowest_index():
   confidence = jnp.array([[0.5, 0.9, 0.5, 0.9, -jnp.inf, -jnp.inf]])
-  np.testing.assert_array_equal(sampler.ranks(confidence), [[2, 0, 3, 1, 4, 5]])
+  every = jnp.ones((1, 6), bool)
+  found = sampler.ranks(confidence, every)
+  np.testing.assert_array_equal(found, [[2, 0, 3, 1, 4, 5]])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 13])
@@ -182,7 +184,8 @@ def test_gumbel_argmax_draws_from_the_tempered_softmax():
   logits = np.array([1.0, 0.0, -1.0, 2.5], np.float32)
   temperature, draws = 0.7, 40_000
   uniform = jax.random.uniform(jax.random.key(0), (draws, 4))
-  tokens = sampler.gumbel_argmax(jnp.asarray(logits), uniform, temperature)
+  noise = sampler.gumbel(uniform)
+  tokens = sampler.gumbel_argmax(jnp.asarray(logits), noise, temperature)
   share = np.bincount(tokens, minlength=4) / draws
   p = np.exp(logits / temperature)
   p /= p.sum()
@@ -193,8 +196,8 @@ def test_gumbel_argmax_draws_from_the_tempered_softmax():
 def test_gumbel_argmax_survives_logits_whose_exponential_overflows():
   logits = jnp.array([500.0, 499.0, -500.0])
   uniform = jnp.array([[0.01, 0.99, 0.5], [0.0, 0.5, 0.5]])
-  # 500 - log(4.6) against 499 - log(.01); u = 0 is minus infinity.
-  tokens = sampler.gumbel_argmax(logits, uniform, 1.0)
+  # 500 - log(4.6) against 499 - log(.01); u = 0 is as low as noise can be.
+  tokens = sampler.gumbel_argmax(logits, sampler.gumbel(uniform), 1.0)
   np.testing.assert_array_equal(tokens, [1, 1])
 
 
@@ -224,6 +227,16 @@ def test_threshold_takes_all_that_reach_it_and_always_the_best():
   chosen = sampler.select_by_threshold(confidence, eligible, None, settings)
   want = [[True, True, False, False], [False, True, False, False]]
   np.testing.assert_array_equal(chosen, want)
+
+
+def test_a_threshold_above_one_commits_the_best_position_at_each_step():
+  canvas = canvas_of(rows=2)
+  out = denoise(canvas, settings_of(threshold=1.1))
+  want = numpy_greedy(no_mask_tables(), canvas, length=12, block=4, steps=12)
+  np.testing.assert_array_equal(out.tokens, want)
+  np.testing.assert_array_equal(
+    np.sort(out.commit_step, axis=1), np.tile(np.arange(12), (2, 1))
+  )
 
 
 @pytest.mark.parametrize("factor", [0.2, 1.0, 1.7])
@@ -553,6 +566,25 @@ def test_dream_quotas_of_rows_alike_are_those_of_the_batch_mean(steps):
     np.testing.assert_array_equal(quota, np.full(7, want))
 
 
+@pytest.mark.parametrize("order_temperature", [0.5, 1e-3])
+def test_a_draw_of_nought_ranks_no_masked_position_behind_a_full_one(
+  order_temperature,
+):
+  settings = settings_of(
+    12, 12, 5, algorithm="entropy", order_temperature=order_temperature
+  )
+  draws = sampler._Draws(None, lambda: jnp.zeros((2, 6)))
+  drawn = sampler._drawn_order(jnp.ones((2, 6)), settings, draws)
+  assert np.isfinite(drawn).all()
+  eligible = np.array([[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 1]], bool)
+  for confidence in (drawn, jnp.full((2, 6), -jnp.inf)):
+    chosen = sampler.select_by_quota(
+      confidence, eligible, np.array([2, 1]), settings
+    )
+    want = [[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(chosen, np.array(want, bool))
+
+
 def test_drawn_orders_follow_their_softmax():
   # One of three positions with confidences 0, 1, 2 at temperature 0.8.
   confidence = np.tile(np.arange(3, dtype=np.float32), (30_000, 1))
@@ -836,7 +868,7 @@ def test_recorded_dream(shared, name):
     ({"algorithm": "entropy", "top_k": 0}, "top_k=0 must be a whole number of at least 1"),
     ({"algorithm": "entropy", "threshold": 0.9}, "threshold=0.9 needs algor"),
     ({"algorithm": "origin", "remasking": "random"}, "needs algorithm='llada'"),
-    ({"threshold": 1.5}, "threshold=1.5 is a probability"),
+    ({"threshold": 0.0}, "threshold=0.0 must be positive"),
     ({"threshold": 0.9, "factor": 1.0}, "exclude each other"),
     ({"factor": 0.0}, "factor=0.0 must be positive"),
     ({"threshold": 0.9, "remasking": "random"}, "compares probabilities"),
