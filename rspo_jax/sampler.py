@@ -5,8 +5,8 @@ the completion are filled from left to right. A step inside a block:
 
 1. Forward: logits of the current block, given the whole canvas. With guidance
    w also for a canvas without its prompt: un + (w + 1) (cond - un).
-2. Propose a token a position, argmax of logits - T log(-log u) in float32
-   (the Gumbel form of sampling at temperature T; T = 0 is greedy), and a
+2. Propose a token a position, argmax of logits + T g in float32 with standard
+   Gumbel noise g (sampling at temperature T; T = 0 is greedy), and a
    confidence, here the probability of that token without noise.
 3. Select positions, the most confident first (ties: the lowest index). LLaDA
    spreads a block's masks evenly over its steps, the first ones taking the
@@ -106,10 +106,11 @@ class _Ids:
 
 @dataclasses.dataclass(frozen=True)
 class _Draws:
-  """Uniforms of one step for a window of positions, made when asked for."""
+  """Draws of one step for a window of positions, made when asked for."""
 
-  tokens: Callable  # (vocab) -> f32 [n, W, V]
-  positions: Callable  # () -> f32 [n, W]
+  tokens: Callable  # (vocab) -> f32 [n, W, V], Gumbel noise
+  positions: Callable  # () -> f32 [n, W], uniforms
+  order: Callable  # () -> f32 [n, W], Gumbel noise
 
 
 # --- Proposing tokens -------------------------------------------------------
@@ -205,7 +206,7 @@ def _choose(logits, settings, ids, draws):
     logits = _without(logits, ids.mask)
   if settings.temperature == 0:
     return _argmax(logits)
-  noise = gumbel(draws.tokens(logits.shape[-1]))
+  noise = draws.tokens(logits.shape[-1])
   return gumbel_argmax(logits, noise, settings.temperature)
 
 
@@ -216,7 +217,7 @@ def llada_step(logits, settings, ids, draws):
     logits: f32 [n, W, V].
     settings: `SamplerSettings`.
     ids: token ids.
-    draws: uniforms of this step.
+    draws: `_Draws` of this step.
 
   Returns:
     (token i32 [n, W], confidence f32 [n, W]).
@@ -279,8 +280,7 @@ def _drawn_order(confidence, settings, draws):
   """
   if settings.order_temperature == 0:
     return confidence
-  noise = gumbel(draws.positions())
-  return confidence / settings.order_temperature + noise
+  return confidence / settings.order_temperature + draws.order()
 
 
 def maskgit_plus_step(logits, settings, ids, draws):
@@ -462,8 +462,23 @@ ALGORITHMS = {
 # --- The driver -------------------------------------------------------------
 
 
-def _uniforms(key, stream, step, rows, places, size):
-  """f32 [n, W, size] in [0, 1), each a function of (key, step, row, place).
+def _uniform_draw(key, size):
+  """Uniforms f32 [size] in [0, 1)."""
+  return jax.random.uniform(key, (size,))
+
+
+def _gumbel_draw(key, size):
+  """Standard Gumbel noise f32 [size], finite.
+
+  From 46 bits: the 23 of one uniform cannot tell apart what reaches the top of
+  a large vocabulary, whose tail would be drawn too seldom (.022 for .03 at
+  126,464 tokens).
+  """
+  return jax.random.gumbel(key, (size,), mode="high")
+
+
+def _drawn(draw, key, stream, step, rows, places, size):
+  """f32 [n, W, size] of draw, each a function of (key, step, row, place).
 
   A key a position instead of one draw for the batch: a row's bits then depend
   neither on the rows beside it nor on the window they are drawn for.
@@ -472,8 +487,7 @@ def _uniforms(key, stream, step, rows, places, size):
   fold_all = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
   by_row = fold_all(key, rows)
   by_place = jax.vmap(fold_all, in_axes=(0, None))(by_row, places)
-  draw = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, (size,))))
-  return draw(by_place)
+  return jax.vmap(jax.vmap(lambda k: draw(k, size)))(by_place)
 
 
 class _Denoiser:
@@ -537,14 +551,19 @@ class _Denoiser:
     return guided, cache
 
   def draws(self, call, step, start, masked):
-    """The uniforms of one step for the window that starts at `start`."""
+    """The draws of one step for the window that starts at `start`."""
     noise, window = self.noise, masked.shape[1]
     places = start + jnp.arange(window) - self.prompt_length
 
+    def drawn(draw, stream, size):
+      return _drawn(draw, self.key, stream, step, self.row_ids, places, size)
+
     def tokens(vocab):
       if noise.tokens is None:
-        return _uniforms(self.key, TOKENS, step, self.row_ids, places, vocab)
-      return jax.lax.dynamic_slice_in_dim(noise.tokens[call], start, window, 1)
+        return drawn(_gumbel_draw, TOKENS, vocab)
+      return gumbel(
+        jax.lax.dynamic_slice_in_dim(noise.tokens[call], start, window, 1)
+      )
 
     def positions():
       if noise.positions is not None:
@@ -554,10 +573,14 @@ class _Denoiser:
       if noise.masked is not None:
         order = jnp.cumsum(masked.reshape(-1)) - 1
         return noise.masked[call][order].reshape(masked.shape)
-      drawn = _uniforms(self.key, POSITIONS, step, self.row_ids, places, 1)
-      return drawn[:, :, 0]
+      return drawn(_uniform_draw, POSITIONS, 1)[:, :, 0]
 
-    return _Draws(tokens, positions)
+    def order():
+      if noise.positions is None and noise.masked is None:
+        return drawn(_gumbel_draw, POSITIONS, 1)[:, :, 0]
+      return gumbel(positions())
+
+    return _Draws(tokens, positions, order)
 
   def commit(self, state, logits, start, end, step, draw_step):
     """One step: proposes, selects and writes inside the logits' window."""

@@ -193,6 +193,25 @@ def test_gumbel_argmax_draws_from_the_tempered_softmax():
   assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / draws)).all()
 
 
+def test_the_best_noise_of_a_large_vocabulary_lies_on_no_grid():
+  # Of V tokens the best has an exponential e = exp(-noise) of about 1 / V; in
+  # steps of 2**-23 the tail of a distribution would be drawn too seldom.
+  vocab, rows = 126_464, np.arange(32)
+  noise = sampler._drawn(
+    sampler._gumbel_draw, jax.random.key(6), sampler.TOKENS, 0, rows,
+    np.arange(4), vocab,
+  )  # fmt: skip
+  best = np.asarray(jax.lax.top_k(noise.reshape(-1, vocab), 2)[0], np.float64)
+  e = np.exp(-best)
+  # e_1 V is exponential, and so is its distance to e_2 V: 256 numbers.
+  waits = np.diff(e * vocab, axis=1, prepend=0).reshape(-1)
+  for uniform in (np.exp(-waits), e.reshape(-1) * 2**23 % 1):
+    counts = np.histogram(uniform, bins=8, range=(0, 1))[0]
+    expected = len(uniform) / 8
+    # One in 10,000 of the chi-squares with 7 degrees of freedom is above 29.9.
+    assert ((counts - expected) ** 2 / expected).sum() < 29.9, counts
+
+
 def test_gumbel_argmax_survives_logits_whose_exponential_overflows():
   logits = jnp.array([500.0, 499.0, -500.0])
   uniform = jnp.array([[0.01, 0.99, 0.5], [0.0, 0.5, 0.5]])
@@ -573,7 +592,7 @@ def test_a_draw_of_nought_ranks_no_masked_position_behind_a_full_one(
   settings = settings_of(
     12, 12, 5, algorithm="entropy", order_temperature=order_temperature
   )
-  draws = sampler._Draws(None, lambda: jnp.zeros((2, 6)))
+  draws = sampler._Draws(None, None, lambda: sampler.gumbel(jnp.zeros((2, 6))))
   drawn = sampler._drawn_order(jnp.ones((2, 6)), settings, draws)
   assert np.isfinite(drawn).all()
   eligible = np.array([[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 1]], bool)
@@ -589,8 +608,8 @@ def test_drawn_orders_follow_their_softmax():
   # One of three positions with confidences 0, 1, 2 at temperature 0.8.
   confidence = np.tile(np.arange(3, dtype=np.float32), (30_000, 1))
   settings = settings_of(12, 12, 5, algorithm="entropy", order_temperature=0.8)
-  uniform = jax.random.uniform(jax.random.key(5), confidence.shape)
-  draws = sampler._Draws(None, lambda: uniform)
+  noise = jax.random.gumbel(jax.random.key(5), confidence.shape)
+  draws = sampler._Draws(None, None, lambda: noise)
   drawn = sampler._drawn_order(jnp.asarray(confidence), settings, draws)
   share = np.bincount(np.argmax(drawn, axis=1), minlength=3) / len(confidence)
   p = np.exp(confidence[0] / 0.8)
