@@ -101,7 +101,8 @@ def generate(
   Args:
     model: what `load_model` returns.
     prompts: i32 [n, P], shorter ones padded on the left.
-    attention_mask: [n, P], 0 at padding; None: no padding.
+    attention_mask: [n, P], 0 at padding, which each row has on its left only;
+      None: no padding.
     gen_length: tokens of each completion.
     steps: denoising steps of all blocks together, a multiple of their number
       gen_length / block_length.
@@ -163,7 +164,7 @@ def generate(
     )
   ids = _generate_ids(model, mask_id, eos_id, eot_id)
   prompts = _checked_tokens("prompts", prompts, config.vocab_size)
-  mask = _checked_mask(attention_mask, prompts.shape)
+  mask = _checked_prompt_mask(attention_mask, prompts.shape)
   canvas = _whole_canvas(prompts, canvas, gen_length, ids[0], config.vocab_size)
   n, length = canvas.shape
   token_mask = np.ones((n, length), bool)
@@ -361,5 +362,21 @@ def _checked_mask(mask, shape) -> np.ndarray | None:
     raise ValueError(
       f"attention_mask marks every token of row {empty[0]} as padding; leave "
       "such a row out."
+    )
+  return array
+
+
+def _checked_prompt_mask(mask, shape) -> np.ndarray | None:
+  """The same for prompts, whose completions follow their last column."""
+  array = _checked_mask(mask, shape)
+  if array is None:
+    return None
+  behind = np.argwhere(array[:, :-1] & ~array[:, 1:])
+  if len(behind):
+    row, place = behind[0]
+    raise ValueError(
+      f"attention_mask marks row {row} as padded behind a token, at position "
+      f"{place + 1}: its completion would not follow its prompt; pad prompts "
+      "on the left (tokenizer.padding_side='left')."
     )
   return array

@@ -5,8 +5,8 @@ the completion are filled from left to right. A step inside a block:
 
 1. Forward: logits of the current block, given the whole canvas. With guidance
    w also for a canvas without its prompt: un + (w + 1) (cond - un).
-2. Propose a token a position, argmax of logits - T log(-log u) in float32
-   (the Gumbel form of sampling at temperature T; T = 0 is greedy), and a
+2. Propose a token a position, argmax of logits + T g in float32 with standard
+   Gumbel noise g (sampling at temperature T; T = 0 is greedy), and a
    confidence, here the probability of that token without noise.
 3. Select positions, the most confident first (ties: the lowest index). LLaDA
    spreads a block's masks evenly over its steps, the first ones taking the
@@ -19,15 +19,15 @@ in 3 (the share 1 - s/t of the masks still there, or a coin a position).
 
 With a cache, the first forward of a block covers the whole canvas and fills
 it; later ones of the block recompute the block only (dual) or everything from
-the block's start (prefix). Rows do not look at each other (but for Dream's
-share, which is of the batch's mean mask count): a row that is done waits for
-the rest of the batch.
+the block's start (prefix). Rows do not look at each other: a row that is done
+waits for the rest of the batch.
 
 Sources: LLaDA, arXiv 2502.09992, algorithms 4 and 5; Dream, arXiv 2508.15487;
 Fast-dLLM, arXiv 2505.22618 (dual cache, threshold, factor). Where we differ:
 draws are a function of (key, row, step, position in the completion), so that
-neither slicing, sharding nor padding a batch changes a sample; a predicted
-mask token is never placed unless `mask_policy="compete"`.
+neither slicing, sharding nor padding a batch changes a sample; Dream's share
+is of each row's masks, not of the batch's mean; a predicted mask token is
+never placed unless `mask_policy="compete"`.
 """
 
 import dataclasses
@@ -106,10 +106,11 @@ class _Ids:
 
 @dataclasses.dataclass(frozen=True)
 class _Draws:
-  """Uniforms of one step for a window of positions, made when asked for."""
+  """Draws of one step for a window of positions, made when asked for."""
 
-  tokens: Callable  # (vocab) -> f32 [n, W, V]
-  positions: Callable  # () -> f32 [n, W]
+  tokens: Callable  # (vocab) -> f32 [n, W, V], Gumbel noise
+  positions: Callable  # () -> f32 [n, W], uniforms
+  order: Callable  # () -> f32 [n, W], Gumbel noise
 
 
 # --- Proposing tokens -------------------------------------------------------
@@ -129,20 +130,33 @@ def completion_mask(completion: jax.Array, eos_id: int) -> jax.Array:
   return jnp.cumsum(ends, axis=-1) - ends == 0
 
 
+def gumbel(uniform: jax.Array) -> jax.Array:
+  """Standard Gumbel noise -log(-log u), finite also where u is 0.
+
+  Args:
+    uniform: f32, in [0, 1).
+
+  Returns:
+    f32 of the same shape, -4.5 or more.
+  """
+  lowest = jnp.finfo(jnp.float32).tiny
+  return -jnp.log(-jnp.log(jnp.maximum(uniform, lowest)))
+
+
 def gumbel_argmax(
-  logits: jax.Array, uniform: jax.Array, temperature: float
+  logits: jax.Array, noise: jax.Array, temperature: float
 ) -> jax.Array:
   """Draws from softmax(logits / temperature), in the log domain.
 
   Args:
     logits: f32 [..., V].
-    uniform: f32 [..., V], in [0, 1).
+    noise: f32 [..., V], standard Gumbel.
     temperature: > 0.
 
   Returns:
-    i32 [...], argmax of logits - temperature * log(-log(uniform)).
+    i32 [...], argmax of logits + temperature * noise.
   """
-  return _argmax(logits - temperature * jnp.log(-jnp.log(uniform)))
+  return _argmax(logits + temperature * noise)
 
 
 def _argmax(x):
@@ -192,8 +206,8 @@ def _choose(logits, settings, ids, draws):
     logits = _without(logits, ids.mask)
   if settings.temperature == 0:
     return _argmax(logits)
-  uniform = draws.tokens(logits.shape[-1])
-  return gumbel_argmax(logits, uniform, settings.temperature)
+  noise = draws.tokens(logits.shape[-1])
+  return gumbel_argmax(logits, noise, settings.temperature)
 
 
 def llada_step(logits, settings, ids, draws):
@@ -203,7 +217,7 @@ def llada_step(logits, settings, ids, draws):
     logits: f32 [n, W, V].
     settings: `SamplerSettings`.
     ids: token ids.
-    draws: uniforms of this step.
+    draws: `_Draws` of this step.
 
   Returns:
     (token i32 [n, W], confidence f32 [n, W]).
@@ -266,8 +280,7 @@ def _drawn_order(confidence, settings, draws):
   """
   if settings.order_temperature == 0:
     return confidence
-  noise = -jnp.log(-jnp.log(draws.positions()))
-  return confidence / settings.order_temperature + noise
+  return confidence / settings.order_temperature + draws.order()
 
 
 def maskgit_plus_step(logits, settings, ids, draws):
@@ -308,38 +321,34 @@ def origin_step(logits, settings, ids, draws):
 # --- Selecting positions ----------------------------------------------------
 
 
-def ranks(confidence: jax.Array) -> jax.Array:
-  """Rank of each entry of a row, the largest 0, ties by lowest index.
+def ranks(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
+  """Rank of each entry among the eligible of its row, ties by lowest index.
 
   Args:
     confidence: f32 [n, W].
+    eligible: bool [n, W]; only these count, whatever the others' confidence.
 
   Returns:
-    i32 [n, W]. Counted by comparing all pairs: W is a block, and a sort on
-    the CPU costs more than W squared fused comparisons.
+    i32 [n, W], 0 for the largest. Counted by comparing all pairs: W is a
+    block, and a sort on the CPU costs more than W squared fused comparisons.
   """
   mine, other = confidence[:, :, None], confidence[:, None, :]
   index = jnp.arange(confidence.shape[1])
   earlier = index[None, :] < index[:, None]  # [W, W]
   beats = (other > mine) | ((other == mine) & earlier)
-  return jnp.sum(beats, axis=-1, dtype=jnp.int32)
-
-
-def _ranked(confidence, eligible):
-  """Ranks among the eligible; the others come after them."""
-  return ranks(jnp.where(eligible, confidence, -jnp.inf))
+  return jnp.sum(beats & eligible[:, None, :], axis=-1, dtype=jnp.int32)
 
 
 def select_by_quota(confidence, eligible, quota, settings):
   """The quota [n] most confident positions of each row: bool [n, W]."""
   del settings
-  return eligible & (_ranked(confidence, eligible) < quota[:, None])
+  return eligible & (ranks(confidence, eligible) < quota[:, None])
 
 
 def select_by_threshold(confidence, eligible, quota, settings):
   """The best position and all at least as confident as the threshold."""
   del quota
-  best = _ranked(confidence, eligible) == 0
+  best = ranks(confidence, eligible) == 0
   return eligible & (best | (confidence >= settings.threshold))
 
 
@@ -350,7 +359,7 @@ def select_by_factor(confidence, eligible, quota, settings):
   reference program, whose scan does not tell passing from failing there.
   """
   del quota
-  rank = _ranked(confidence, eligible)
+  rank = ranks(confidence, eligible)
   masks = jnp.sum(eligible, axis=1, dtype=jnp.int32)[:, None]  # [n, 1]
   fails = (rank > 0) & (confidence < 1 - settings.factor / (rank + 2))
   stop = jnp.where(eligible & fails, rank, masks)
@@ -409,13 +418,15 @@ def _share(step, settings):
   return jnp.asarray(shares)[step]
 
 
-def mean_quota(remaining, step, eligible, settings):
-  """Dream: floor of the batch's mean mask count times the step's share."""
+def floor_quota(remaining, step, eligible, settings):
+  """Dream: floor of the row's mask count times the step's share.
+
+  The reference takes the batch's mean count, which is the same for rows alike;
+  of unlike ones (ended, partly given) it would leave the fuller ones masked.
+  """
   del remaining
-  masks = jnp.sum(eligible, dtype=jnp.int32).astype(jnp.float32)
-  mean = masks / jnp.float32(eligible.shape[0])
-  quota = jnp.floor(mean * _share(step, settings)).astype(jnp.int32)
-  return jnp.full(eligible.shape[:1], quota)
+  masks = jnp.sum(eligible, axis=1, dtype=jnp.int32).astype(jnp.float32)
+  return jnp.floor(masks * _share(step, settings)).astype(jnp.int32)
 
 
 def share_quota(remaining, step, eligible, settings):
@@ -441,9 +452,9 @@ class Algorithm:
 
 ALGORITHMS = {
   "llada": Algorithm(llada_step, even_quota, select_by_quota),
-  "maskgit_plus": Algorithm(maskgit_plus_step, mean_quota, select_by_quota),
-  "topk_margin": Algorithm(topk_margin_step, mean_quota, select_by_quota),
-  "entropy": Algorithm(entropy_step, mean_quota, select_by_quota),
+  "maskgit_plus": Algorithm(maskgit_plus_step, floor_quota, select_by_quota),
+  "topk_margin": Algorithm(topk_margin_step, floor_quota, select_by_quota),
+  "entropy": Algorithm(entropy_step, floor_quota, select_by_quota),
   "origin": Algorithm(origin_step, share_quota, select_by_coin),
 }
 
@@ -451,8 +462,23 @@ ALGORITHMS = {
 # --- The driver -------------------------------------------------------------
 
 
-def _uniforms(key, stream, step, rows, places, size):
-  """f32 [n, W, size] in [0, 1), each a function of (key, step, row, place).
+def _uniform_draw(key, size):
+  """Uniforms f32 [size] in [0, 1)."""
+  return jax.random.uniform(key, (size,))
+
+
+def _gumbel_draw(key, size):
+  """Standard Gumbel noise f32 [size], finite.
+
+  From 46 bits: the 23 of one uniform cannot tell apart what reaches the top of
+  a large vocabulary, whose tail would be drawn too seldom (.022 for .03 at
+  126,464 tokens).
+  """
+  return jax.random.gumbel(key, (size,), mode="high")
+
+
+def _drawn(draw, key, stream, step, rows, places, size):
+  """f32 [n, W, size] of draw, each a function of (key, step, row, place).
 
   A key a position instead of one draw for the batch: a row's bits then depend
   neither on the rows beside it nor on the window they are drawn for.
@@ -461,8 +487,7 @@ def _uniforms(key, stream, step, rows, places, size):
   fold_all = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
   by_row = fold_all(key, rows)
   by_place = jax.vmap(fold_all, in_axes=(0, None))(by_row, places)
-  draw = jax.vmap(jax.vmap(lambda k: jax.random.uniform(k, (size,))))
-  return draw(by_place)
+  return jax.vmap(jax.vmap(lambda k: draw(k, size)))(by_place)
 
 
 class _Denoiser:
@@ -526,14 +551,19 @@ class _Denoiser:
     return guided, cache
 
   def draws(self, call, step, start, masked):
-    """The uniforms of one step for the window that starts at `start`."""
+    """The draws of one step for the window that starts at `start`."""
     noise, window = self.noise, masked.shape[1]
     places = start + jnp.arange(window) - self.prompt_length
 
+    def drawn(draw, stream, size):
+      return _drawn(draw, self.key, stream, step, self.row_ids, places, size)
+
     def tokens(vocab):
       if noise.tokens is None:
-        return _uniforms(self.key, TOKENS, step, self.row_ids, places, vocab)
-      return jax.lax.dynamic_slice_in_dim(noise.tokens[call], start, window, 1)
+        return drawn(_gumbel_draw, TOKENS, vocab)
+      return gumbel(
+        jax.lax.dynamic_slice_in_dim(noise.tokens[call], start, window, 1)
+      )
 
     def positions():
       if noise.positions is not None:
@@ -543,10 +573,14 @@ class _Denoiser:
       if noise.masked is not None:
         order = jnp.cumsum(masked.reshape(-1)) - 1
         return noise.masked[call][order].reshape(masked.shape)
-      drawn = _uniforms(self.key, POSITIONS, step, self.row_ids, places, 1)
-      return drawn[:, :, 0]
+      return drawn(_uniform_draw, POSITIONS, 1)[:, :, 0]
 
-    return _Draws(tokens, positions)
+    def order():
+      if noise.positions is None and noise.masked is None:
+        return drawn(_gumbel_draw, POSITIONS, 1)[:, :, 0]
+      return gumbel(positions())
+
+    return _Draws(tokens, positions, order)
 
   def commit(self, state, logits, start, end, step, draw_step):
     """One step: proposes, selects and writes inside the logits' window."""

@@ -28,8 +28,8 @@ class SamplerSettings:
     cfg_scale: w of classifier-free guidance, 0 is off.
     top_p, top_k: filters of Dream's algorithms, None is off.
     cache: "none", "prefix" or "dual".
-    threshold: commit every position at least this confident; `steps` then
-      bounds nothing.
+    threshold: commit every position at least this confident, and always the
+      best one (above 1 nothing else); `steps` then bounds nothing.
     factor: commit rank r while its confidence is >= 1 - factor / (r + 2).
     stop_at_eos: a row ends at its first EOS with nothing masked before it;
       the positions after it are filled with EOS and cost nothing more once
@@ -217,11 +217,6 @@ def _validate_adaptive(s: SamplerSettings) -> None:
     s.threshold is None or s.factor is None,
     f"sampler.threshold={s.threshold} and factor={s.factor} exclude each "
     "other; switch one of them off.",
-  )
-  _require(
-    s.threshold is None or s.threshold <= 1,
-    f"sampler.threshold={s.threshold} is a probability; use a value in "
-    "(0, 1], such as 0.9.",
   )
 
 

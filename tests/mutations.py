@@ -329,8 +329,8 @@ def _faults():
       (
         "Gumbel noise with the wrong sign",
         module,
-        "return _argmax(logits - temperature * jnp.log(-jnp.log(uniform)))",
-        "return _argmax(logits + temperature * jnp.log(-jnp.log(uniform)))",
+        "return _argmax(logits + temperature * noise)",
+        "return _argmax(logits - temperature * noise)",
         tests,
         "gumbel",
       ),

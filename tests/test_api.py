@@ -253,6 +253,24 @@ def test_mistakes_are_told_before_anything_compiles(
     rspo_jax.generate(model, prompts_of(), **settings_of(**changes))
 
 
+@pytest.mark.parametrize(
+  "row,seen",
+  [(0, [1, 1, 1, 1, 0]), (1, [0, 1, 0, 1, 1]), (1, [0, 0, 1, 1, 0])],
+)
+def test_prompts_padded_elsewhere_than_on_the_left_are_refused(
+  models, monkeypatch, row, seen
+):
+  monkeypatch.setattr(api, "_generate", None)
+  mask = np.ones((2, 5), int)
+  mask[row] = seen
+  place = {0: 4, 1: 2 if seen[1] else 4}[row]
+  message = f"row {row} .*position {place}.* on the left"
+  with pytest.raises(ValueError, match=message):
+    rspo_jax.generate(
+      models("llada_tiny_A"), prompts_of(), mask, **settings_of()
+    )
+
+
 def test_prompts_of_different_lengths_are_told_how_to_be_one_array(models):
   with pytest.raises(ValueError, match="prompts has rows of different lengths"):
     rspo_jax.generate(models("llada_tiny_A"), [[1, 2, 3], [4]], **settings_of())

@@ -113,7 +113,7 @@ def test_a_model_of_a_run_knows_its_task(tmp_path):
     (["--length=100"], "between 1 and 63"),
     (["--block=3"], "use 2 or 4"),
     (["--steps=9"], "at most 8"),
-    (["--threshold=2"], "probability"),
+    (["--threshold=-2"], "positive"),
     (["--cache=all"], "prefix"),
     (["--temperature=-1"], "0 or more"),
     (["--prompt=hello"], "countdown alone"),

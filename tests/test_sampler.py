@@ -161,7 +161,9 @@ def test_completion_mask_ends_with_the_first_eos():
 
 def test_ranks_give_ties_to_the_lowest_index():
   confidence = jnp.array([[0.5, 0.9, 0.5, 0.9, -jnp.inf, -jnp.inf]])
-  np.testing.assert_array_equal(sampler.ranks(confidence), [[2, 0, 3, 1, 4, 5]])
+  every = jnp.ones((1, 6), bool)
+  found = sampler.ranks(confidence, every)
+  np.testing.assert_array_equal(found, [[2, 0, 3, 1, 4, 5]])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 13])
@@ -182,7 +184,8 @@ def test_gumbel_argmax_draws_from_the_tempered_softmax():
   logits = np.array([1.0, 0.0, -1.0, 2.5], np.float32)
   temperature, draws = 0.7, 40_000
   uniform = jax.random.uniform(jax.random.key(0), (draws, 4))
-  tokens = sampler.gumbel_argmax(jnp.asarray(logits), uniform, temperature)
+  noise = sampler.gumbel(uniform)
+  tokens = sampler.gumbel_argmax(jnp.asarray(logits), noise, temperature)
   share = np.bincount(tokens, minlength=4) / draws
   p = np.exp(logits / temperature)
   p /= p.sum()
@@ -190,11 +193,30 @@ def test_gumbel_argmax_draws_from_the_tempered_softmax():
   assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / draws)).all()
 
 
+def test_the_best_noise_of_a_large_vocabulary_lies_on_no_grid():
+  # Of V tokens the best has an exponential e = exp(-noise) of about 1 / V; in
+  # steps of 2**-23 the tail of a distribution would be drawn too seldom.
+  vocab, rows = 126_464, np.arange(32)
+  noise = sampler._drawn(
+    sampler._gumbel_draw, jax.random.key(6), sampler.TOKENS, 0, rows,
+    np.arange(4), vocab,
+  )  # fmt: skip
+  best = np.asarray(jax.lax.top_k(noise.reshape(-1, vocab), 2)[0], np.float64)
+  e = np.exp(-best)
+  # e_1 V is exponential, and so is its distance to e_2 V: 256 numbers.
+  waits = np.diff(e * vocab, axis=1, prepend=0).reshape(-1)
+  for uniform in (np.exp(-waits), e.reshape(-1) * 2**23 % 1):
+    counts = np.histogram(uniform, bins=8, range=(0, 1))[0]
+    expected = len(uniform) / 8
+    # One in 10,000 of the chi-squares with 7 degrees of freedom is above 29.9.
+    assert ((counts - expected) ** 2 / expected).sum() < 29.9, counts
+
+
 def test_gumbel_argmax_survives_logits_whose_exponential_overflows():
   logits = jnp.array([500.0, 499.0, -500.0])
   uniform = jnp.array([[0.01, 0.99, 0.5], [0.0, 0.5, 0.5]])
-  # 500 - log(4.6) against 499 - log(.01); u = 0 is minus infinity.
-  tokens = sampler.gumbel_argmax(logits, uniform, 1.0)
+  # 500 - log(4.6) against 499 - log(.01); u = 0 is as low as noise can be.
+  tokens = sampler.gumbel_argmax(logits, sampler.gumbel(uniform), 1.0)
   np.testing.assert_array_equal(tokens, [1, 1])
 
 
@@ -224,6 +246,16 @@ def test_threshold_takes_all_that_reach_it_and_always_the_best():
   chosen = sampler.select_by_threshold(confidence, eligible, None, settings)
   want = [[True, True, False, False], [False, True, False, False]]
   np.testing.assert_array_equal(chosen, want)
+
+
+def test_a_threshold_above_one_commits_the_best_position_at_each_step():
+  canvas = canvas_of(rows=2)
+  out = denoise(canvas, settings_of(threshold=1.1))
+  want = numpy_greedy(no_mask_tables(), canvas, length=12, block=4, steps=12)
+  np.testing.assert_array_equal(out.tokens, want)
+  np.testing.assert_array_equal(
+    np.sort(out.commit_step, axis=1), np.tile(np.arange(12), (2, 1))
+  )
 
 
 @pytest.mark.parametrize("factor", [0.2, 1.0, 1.7])
@@ -477,12 +509,107 @@ def test_dream_algorithms_fill_all_at_a_temperature(algorithm):
   assert ((out.commit_step >= 0) & (out.commit_step < 5)).all()
 
 
+CANVASES = ("empty", "uneven", "ended")
+
+
+def filled_canvas(kind, rows=16):
+  """Canvases whose rows have unlike numbers of masks left, but for "empty"."""
+  canvas = canvas_of(rows=rows)
+  rng = np.random.default_rng(4)
+  if kind == "uneven":
+    given = rng.uniform(size=(rows, 12)) < np.linspace(0, 1, rows)[:, None]
+    canvas[:, 5:][given] = rng.integers(0, EOT, int(given.sum()))
+  elif kind == "ended":
+    canvas[:-1, 5] = EOS  # all but the last row, which has everything to do
+  return canvas
+
+
+SCHEMES = [
+  *({"algorithm": name} for name in sampler_settings.ALGORITHMS),
+  {"threshold": 0.4},
+  {"factor": 1.2},
+]
+
+
+@pytest.mark.parametrize(
+  "scheme,stop,cache",
+  [
+    *((s, stop, "none") for s in SCHEMES for stop in (False, True)),
+    ({"algorithm": "entropy"}, True, "prefix"),
+    ({"algorithm": "topk_margin"}, True, "dual"),
+    ({"threshold": 0.4}, True, "dual"),
+  ],
+  ids=str,
+)
+def test_a_completion_is_full_at_the_end(scheme, stop, cache):
+  settings = settings_of(
+    12, 6, 6, temperature=1.0, stop_at_eos=stop, cache=cache, **scheme
+  )
+  for kind in CANVASES:
+    canvas = filled_canvas(kind)
+    out = denoise(canvas, settings, fn=ending_fn)
+    assert (out.tokens != MASK).all(), kind
+    given = canvas != MASK
+    scored = np.asarray(sampler.completion_mask(out.tokens[:, 5:], EOS))
+    after = np.pad(~scored, ((0, 0), (5, 0))) & stop
+    kept = given & ~after
+    np.testing.assert_array_equal(out.tokens[kept], canvas[kept])
+    assert (out.tokens[after] == EOS).all(), kind
+    assert ((out.commit_step >= 0) == ~(given | after)[:, 5:]).all(), kind
+
+
+@pytest.mark.parametrize("stop", [False, True])
+@pytest.mark.parametrize("algorithm", ["entropy", "origin"])
+def test_rows_with_other_mask_counts_do_not_change_a_row(algorithm, stop):
+  settings = settings_of(
+    12, 12, 5, algorithm=algorithm, temperature=1.0, stop_at_eos=stop
+  )
+  canvas = filled_canvas("uneven")
+  together = denoise(canvas, settings, fn=ending_fn)
+  some = np.array([9, 2])
+  apart = denoise(canvas[some], settings, rows=some, fn=ending_fn)
+  np.testing.assert_array_equal(apart.tokens, together.tokens[some])
+  np.testing.assert_array_equal(apart.commit_step, together.commit_step[some])
+
+
+@pytest.mark.parametrize("steps", [1, 5, 12, 30])
+def test_dream_quotas_of_rows_alike_are_those_of_the_batch_mean(steps):
+  # The reference: floor(masks of the batch / rows * share), in float32.
+  settings = settings_of(12, 12, steps, algorithm="entropy")
+  shares = sampler.dream_shares(steps, settings.time_epsilon)
+  for masks, step in itertools.product(range(13), range(steps)):
+    eligible = np.tile(np.arange(12) < masks, (7, 1))
+    mean = np.float32(eligible.sum()) / np.float32(7)
+    want = np.floor(mean * shares[step])
+    quota = sampler.ALGORITHMS["entropy"].quota(None, step, eligible, settings)
+    np.testing.assert_array_equal(quota, np.full(7, want))
+
+
+@pytest.mark.parametrize("order_temperature", [0.5, 1e-3])
+def test_a_draw_of_nought_ranks_no_masked_position_behind_a_full_one(
+  order_temperature,
+):
+  settings = settings_of(
+    12, 12, 5, algorithm="entropy", order_temperature=order_temperature
+  )
+  draws = sampler._Draws(None, None, lambda: sampler.gumbel(jnp.zeros((2, 6))))
+  drawn = sampler._drawn_order(jnp.ones((2, 6)), settings, draws)
+  assert np.isfinite(drawn).all()
+  eligible = np.array([[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 1]], bool)
+  for confidence in (drawn, jnp.full((2, 6), -jnp.inf)):
+    chosen = sampler.select_by_quota(
+      confidence, eligible, np.array([2, 1]), settings
+    )
+    want = [[0, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(chosen, np.array(want, bool))
+
+
 def test_drawn_orders_follow_their_softmax():
   # One of three positions with confidences 0, 1, 2 at temperature 0.8.
   confidence = np.tile(np.arange(3, dtype=np.float32), (30_000, 1))
   settings = settings_of(12, 12, 5, algorithm="entropy", order_temperature=0.8)
-  uniform = jax.random.uniform(jax.random.key(5), confidence.shape)
-  draws = sampler._Draws(None, lambda: uniform)
+  noise = jax.random.gumbel(jax.random.key(5), confidence.shape)
+  draws = sampler._Draws(None, None, lambda: noise)
   drawn = sampler._drawn_order(jnp.asarray(confidence), settings, draws)
   share = np.bincount(np.argmax(drawn, axis=1), minlength=3) / len(confidence)
   p = np.exp(confidence[0] / 0.8)
@@ -760,7 +887,7 @@ def test_recorded_dream(shared, name):
     ({"algorithm": "entropy", "top_k": 0}, "top_k=0 must be a whole number of at least 1"),
     ({"algorithm": "entropy", "threshold": 0.9}, "threshold=0.9 needs algor"),
     ({"algorithm": "origin", "remasking": "random"}, "needs algorithm='llada'"),
-    ({"threshold": 1.5}, "threshold=1.5 is a probability"),
+    ({"threshold": 0.0}, "threshold=0.0 must be positive"),
     ({"threshold": 0.9, "factor": 1.0}, "exclude each other"),
     ({"factor": 0.0}, "factor=0.0 must be positive"),
     ({"threshold": 0.9, "remasking": "random"}, "compares probabilities"),
