@@ -99,18 +99,34 @@ def prompt_text(
   """Returns the prompt of an example as the model is given it.
 
   Every style but the compact one is a message to a general model: it goes
-  through the checkpoint's chat template, where it has one.
+  through the checkpoint's chat template. `d1` and `espo` write the format of
+  the reply themselves, so that a base model without template can read them.
 
   Args:
     task: gives the user's text.
     example: of the task.
     style: name of the prompt template.
     tokenizer: of the checkpoint.
+
+  Raises:
+    DataError: style "chat" without a template, or one that renders nothing.
   """
   text = task.prompt(example, style)
-  if style == "compact" or tokenizer.template is None:
+  if style == "compact" or (style != "chat" and tokenizer.template is None):
     return text
-  return tokenizer.chat([{"role": "user", "content": text}])
+  if tokenizer.template is None:
+    raise DataError(
+      "task.prompt_style='chat' needs a chat template, and the checkpoint has "
+      "none: put the original model's into chat_template.jinja, or use "
+      "task.prompt_style=compact."
+    )
+  prompt = tokenizer.chat([{"role": "user", "content": text}])
+  if not prompt.strip():
+    raise DataError(
+      f"the checkpoint's chat template makes nothing of {text[:60]!r}; correct "
+      "chat_template, or use task.prompt_style=compact."
+    )
+  return prompt
 
 
 class Prompts:
