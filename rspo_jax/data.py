@@ -140,6 +140,9 @@ class Prompts:
     pad_id: fills the left of shorter prompts.
     long_prompts: "refuse" a prompt longer than the budget, or "keep_tail" of
       it: the question, which stands at the end.
+    user_text: example -> the part of the prompt that differs; its characters
+      say which prompts are the longest, without a rendering of each. None:
+      the prompt itself.
 
   Attributes:
     cut: bool [n], the prompts tokenised so far that lost their beginning.
@@ -156,8 +159,10 @@ class Prompts:
     prompt_length: int,
     pad_id: int,
     long_prompts: str = "refuse",
+    user_text: Callable[[base.Example], str] | None = None,
   ):
     self.examples = examples
+    self._user_text = user_text or prompt
     self.cut = np.zeros(len(examples), bool)
     self._keep_tail = long_prompts == "keep_tail"
     self._prompt = prompt
@@ -170,7 +175,7 @@ class Prompts:
     """Tokenises the prompts most likely to exceed the budget."""
     rows = range(len(self.examples))
     if len(rows) > _CHECKED_PROMPTS:
-      sizes = np.array([len(self._prompt(e)) for e in self.examples])
+      sizes = np.array([len(self._user_text(e)) for e in self.examples])
       rows = np.argpartition(sizes, -_CHECKED_PROMPTS)[-_CHECKED_PROMPTS:]
     for row in rows:
       self._fill(int(row))
@@ -384,6 +389,7 @@ def prompt_batches(
   prompt_length: int,
   pad_id: int,
   long_prompts: str = "refuse",
+  user_text: Callable[[base.Example], str] | None = None,
   **placement,
 ) -> Batches:
   """Returns batches of prompts for rollouts.
@@ -396,7 +402,7 @@ def prompt_batches(
     seed: of the order.
     prompt_length: P.
     pad_id: fills the left of shorter prompts.
-    long_prompts: as in `Prompts`.
+    long_prompts, user_text: as in `Prompts`.
     **placement: start_step, process_index, process_count and shuffle of
       `Batches`.
 
@@ -411,7 +417,7 @@ def prompt_batches(
     return PromptBatch(tokens, mask, picked, prompts.cut[indices])
 
   prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts
+    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
   )
   return Batches(prompts, make, batch_size, seed, **placement)
 
@@ -461,6 +467,7 @@ def demonstration_batches(
   eos_id: int,
   corrupt_share: float = 0.0,
   long_prompts: str = "refuse",
+  user_text: Callable[[base.Example], str] | None = None,
   **placement,
 ) -> Batches:
   """Returns batches of demonstrations for supervised training.
@@ -480,7 +487,7 @@ def demonstration_batches(
     pad_id: fills the left of shorter prompts.
     eos_id: fills the right of shorter completions.
     corrupt_share: expected share of corrupt demonstrations, 0..1.
-    long_prompts: as in `Prompts`.
+    long_prompts, user_text: as in `Prompts`.
     **placement: start_step, process_index, process_count and shuffle of
       `Batches`.
 
@@ -534,6 +541,6 @@ def demonstration_batches(
     return DemonstrationBatch(tokens, mask, completion, corrupt, cut)
 
   prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts
+    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
   )
   return Batches(prompts, make, batch_size, seed, **placement)

@@ -25,7 +25,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
-from rspo_jax import chat_templates, workers
+from rspo_jax import workers
 from rspo_jax.models import hf_folder
 from rspo_jax.models.families import CheckpointError
 
@@ -176,9 +176,11 @@ class Tokenizer:
       encode = functools.partial(self.backend.encode, add_special_tokens=False)
       return _guarded(encode, text).ids
     except Exception as error:  # the library raises bare Exceptions
-      piece = self._unknown_piece(text)
+      piece = None if isinstance(error, _Panic) else self._unknown_piece(text)
       if piece is None:
-        raise ValueError(f"cannot encode {text!r:.80}: {error}") from error
+        raise ValueError(
+          f"cannot encode {text!r:.80}: {error!s:.300}"
+        ) from error
       raise ValueError(
         f"{piece!r} in {text!r:.80} is not in the vocabulary of "
         f"{self.backend.get_vocab_size()} pieces; use only text that the "
@@ -228,6 +230,8 @@ class Tokenizer:
         "tokenizer_config.json (chat_template) or chat_template.jinja, or "
         "pass plain text."
       )
+    from rspo_jax import chat_templates
+
     return chat_templates.render(
       self.template,
       messages,
@@ -338,7 +342,7 @@ def _guarded(function: Callable, *arguments):
     # Not an Exception, and its class cannot be imported.
     if type(error).__name__ != "PanicException":
       raise
-    raise _Panic(f"the library `tokenizers` gave up: {error}") from error
+    raise _Panic(f"the library `tokenizers` gave up: {error!s:.300}") from error
 
 
 def _try_out(files: Mapping[str, bytes], where: str) -> None:
@@ -414,7 +418,7 @@ def _read_json(where: str, content: bytes) -> dict[str, Any]:
     value = json.loads(content)
   except (ValueError, RecursionError) as error:
     raise CheckpointError(
-      f"{where}: not valid JSON ({error}); download the file again."
+      f"{where}: not valid JSON ({error!s:.300}); download the file again."
     ) from error
   if not isinstance(value, dict):
     raise CheckpointError(
@@ -491,7 +495,7 @@ def _backend(files, options, special, where) -> tokenizers.Tokenizer:
     except Exception as error:  # the library raises bare Exceptions
       raise CheckpointError(
         f"{where}/tokenizer.json is damaged or from a newer version of "
-        f"`tokenizers` ({error}); download it again or upgrade `tokenizers`."
+        f"`tokenizers` ({error!s:.300}); download it again or upgrade `tokenizers`."
       ) from error
   # Settings of whoever saved the file last: prompts would lose their ends.
   backend.no_truncation()
@@ -513,7 +517,7 @@ def _byte_level(files, options, special, where) -> tokenizers.Tokenizer:
     model = _guarded(models.BPE, vocabulary, merges)
   except Exception as error:  # the library raises bare Exceptions
     raise CheckpointError(
-      f"{where}: vocab.json and merges.txt do not fit together ({error}); "
+      f"{where}: vocab.json and merges.txt do not fit together ({error!s:.300}); "
       "download both again."
     ) from error
   backend = tokenizers.Tokenizer(model)
@@ -666,7 +670,7 @@ def _template(files, options, where) -> str | None:
       return files["chat_template.jinja"].decode()
     except UnicodeDecodeError as error:
       raise CheckpointError(
-        f"{where}/chat_template.jinja is no UTF-8 text ({error}); download it "
+        f"{where}/chat_template.jinja is no UTF-8 text ({error!s:.300}); download it "
         "again."
       ) from error
   file = f"{where}/tokenizer_config.json"

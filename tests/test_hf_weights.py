@@ -849,7 +849,11 @@ def test_ids_that_the_embedding_has_no_row_for_are_refused(tmp_path):
   ("source", "changes", "expected"),
   [
     (DREAM, {"rope_parameters": {"rope_theta": 1e4}}, 1e4),
-    (DREAM, {"rope_parameters": {"rope_theta": 1e6}}, "rope_parameters.*rope_theta=10000"),
+    (
+      DREAM,
+      {"rope_parameters": {"rope_theta": 1e6}},
+      "rope_parameters.*rope_theta=10000",
+    ),
     (
       DREAM,
       {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e6}},
