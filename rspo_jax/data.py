@@ -99,18 +99,34 @@ def prompt_text(
   """Returns the prompt of an example as the model is given it.
 
   Every style but the compact one is a message to a general model: it goes
-  through the checkpoint's chat template, where it has one.
+  through the checkpoint's chat template. `d1` and `espo` write the format of
+  the reply themselves, so that a base model without template can read them.
 
   Args:
     task: gives the user's text.
     example: of the task.
     style: name of the prompt template.
     tokenizer: of the checkpoint.
+
+  Raises:
+    DataError: style "chat" without a template, or one that renders nothing.
   """
   text = task.prompt(example, style)
-  if style == "compact" or tokenizer.template is None:
+  if style == "compact" or (style != "chat" and tokenizer.template is None):
     return text
-  return tokenizer.chat([{"role": "user", "content": text}])
+  if tokenizer.template is None:
+    raise DataError(
+      "task.prompt_style='chat' needs a chat template, and the checkpoint has "
+      "none: put the original model's into chat_template.jinja, or use "
+      "task.prompt_style=compact."
+    )
+  prompt = tokenizer.chat([{"role": "user", "content": text}])
+  if not prompt.strip():
+    raise DataError(
+      f"the checkpoint's chat template makes nothing of {text[:60]!r}; correct "
+      "chat_template, or use task.prompt_style=compact."
+    )
+  return prompt
 
 
 class Prompts:
@@ -124,6 +140,9 @@ class Prompts:
     pad_id: fills the left of shorter prompts.
     long_prompts: "refuse" a prompt longer than the budget, or "keep_tail" of
       it: the question, which stands at the end.
+    user_text: example -> the part of the prompt that differs; its characters
+      say which prompts are the longest, without a rendering of each. None:
+      the prompt itself.
 
   Attributes:
     cut: bool [n], the prompts tokenised so far that lost their beginning.
@@ -140,8 +159,10 @@ class Prompts:
     prompt_length: int,
     pad_id: int,
     long_prompts: str = "refuse",
+    user_text: Callable[[base.Example], str] | None = None,
   ):
     self.examples = examples
+    self._user_text = user_text or prompt
     self.cut = np.zeros(len(examples), bool)
     self._keep_tail = long_prompts == "keep_tail"
     self._prompt = prompt
@@ -154,7 +175,7 @@ class Prompts:
     """Tokenises the prompts most likely to exceed the budget."""
     rows = range(len(self.examples))
     if len(rows) > _CHECKED_PROMPTS:
-      sizes = np.array([len(self._prompt(e)) for e in self.examples])
+      sizes = np.array([len(self._user_text(e)) for e in self.examples])
       rows = np.argpartition(sizes, -_CHECKED_PROMPTS)[-_CHECKED_PROMPTS:]
     for row in rows:
       self._fill(int(row))
@@ -363,6 +384,7 @@ def prompt_batches(
   prompt_length: int,
   pad_id: int,
   long_prompts: str = "refuse",
+  user_text: Callable[[base.Example], str] | None = None,
   **placement,
 ) -> Batches:
   """Returns batches of prompts for rollouts.
@@ -375,7 +397,7 @@ def prompt_batches(
     seed: of the order.
     prompt_length: P.
     pad_id: fills the left of shorter prompts.
-    long_prompts: as in `Prompts`.
+    long_prompts, user_text: as in `Prompts`.
     **placement: start_step, rows and shuffle of `Batches`.
 
   Returns:
@@ -389,7 +411,7 @@ def prompt_batches(
     return PromptBatch(tokens, mask, picked, prompts.cut[indices])
 
   prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts
+    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
   )
   return Batches(prompts, make, batch_size, seed, **placement)
 
@@ -439,6 +461,7 @@ def demonstration_batches(
   eos_id: int,
   corrupt_share: float = 0.0,
   long_prompts: str = "refuse",
+  user_text: Callable[[base.Example], str] | None = None,
   **placement,
 ) -> Batches:
   """Returns batches of demonstrations for supervised training.
@@ -458,7 +481,7 @@ def demonstration_batches(
     pad_id: fills the left of shorter prompts.
     eos_id: fills the right of shorter completions.
     corrupt_share: expected share of corrupt demonstrations, 0..1.
-    long_prompts: as in `Prompts`.
+    long_prompts, user_text: as in `Prompts`.
     **placement: start_step, rows and shuffle of `Batches`.
 
   Returns:
@@ -511,6 +534,6 @@ def demonstration_batches(
     return DemonstrationBatch(tokens, mask, completion, corrupt, cut)
 
   prompts = Prompts(
-    examples, prompt, encode, prompt_length, pad_id, long_prompts
+    examples, prompt, encode, prompt_length, pad_id, long_prompts, user_text
   )
   return Batches(prompts, make, batch_size, seed, **placement)

@@ -162,6 +162,10 @@ class Program:
     style = self.settings.task["prompt_style"]
     return data.prompt_text(self.task, example, style, self.model.tokenizer)
 
+  def user_text(self, example) -> str:
+    """What of an example's prompt is the user's, before any template."""
+    return self.task.prompt(example, self.settings.task["prompt_style"])
+
   def judge(self, examples, texts) -> rollout.Judged:
     """Verdicts under the run's protocol and reward weights."""
     task = self.settings.task

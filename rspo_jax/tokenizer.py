@@ -9,18 +9,25 @@ A checkpoint folder carries its tokenizer as files. Two layouts are read:
 The ids of the mask, end-of-text and padding tokens are those of `config.json`,
 because the network was trained with them; a tokenizer that claims other ids is
 refused, since a prompt made with it would mean something else to the model.
-Chat templates are programs that come with the weights, so they are rendered in
-jinja2's immutable sandbox.
+The files are data from elsewhere, and some of them are programs: chat templates,
+which `chat_templates` renders, and the rules of the `tokenizers` library, which
+are tried out in a worker process before they run here (`_try_out`).
 """
 
 import dataclasses
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import pathlib
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from rspo_jax import workers
+from rspo_jax.models import hf_folder
+from rspo_jax.models.families import CheckpointError
 
 MASK_TOKEN = "<|mdm_mask|>"
 END_TOKEN = "<|endoftext|>"
@@ -39,6 +46,25 @@ TOKENIZER_FILES = (
 # Names under which released checkpoints store their mask token when
 # tokenizer_config.json does not name one (LLaDA's does not).
 _MASK_NAMES = (MASK_TOKEN, "<|mask|>", "[MASK]")
+
+# Roles of special tokens; other keys that end in _token are switches.
+_ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+
+_MAX_ID = 2**31 - 1  # ids are int32 in arrays
+
+# How often longer the rules of a tokenizer may make a text: real ones stay
+# below 100, and a handful of replacements that double it would fill memory.
+_MAX_GROWTH = 2**12
+
+# Loading the largest vocabularies takes a second.
+_TRIAL = workers.Limits(time_s=30.0, memory_bytes=4 << 30)
+
+# What prompts look like, and runs on which expressions go back and forth.
+_SAMPLES = (
+  "The answer to 25+56-11=92 is:\n\n <answer>\\boxed{3/4}</answer>\t\u2581",
+  "Gr\u00f6\u00dfe \u6570\u5b66 \u0e01\u0e33 e\u0301 \U0001f600 \ufb01",
+  *(f"{character * 500}!" for character in "a1 -=\n\u4e00"),
+)
 
 # How Qwen2's tokenizer cuts text before byte-level BPE.
 _QWEN2_SPLIT = (
@@ -81,23 +107,26 @@ class Tokenizer:
       The tokenizer, or None if the folder has none.
 
     Raises:
-      ValueError: a damaged file, ids that contradict config.json, or no mask,
-        end-of-text or padding token in either.
+      CheckpointError: a damaged file, ids that contradict config.json, or no
+        mask, end-of-text or padding token in either; rules that take more
+        time or memory than they may.
     """
     from etils import epath
 
     folder = epath.Path(folder)
-    files = {
-      name: (folder / name).read_bytes()
-      for name in TOKENIZER_FILES
-      if (folder / name).exists()
-    }
-    if "tokenizer.json" not in files and not (
-      "vocab.json" in files and "merges.txt" in files
-    ):
+    files, left_out = hf_folder.read_companions(folder, TOKENIZER_FILES)
+    if not _is_complete(files):
+      if _is_complete([*files, *left_out]):
+        raise CheckpointError(
+          f"{folder}: {left_out} are links that leave the folder, which are "
+          "not followed, and there is no tokenizer without them; copy the "
+          "files into the folder."
+        )
       return None
     if config is None and (folder / "config.json").exists():
-      config = _read_json("config.json", (folder / "config.json").read_bytes())
+      content = hf_folder.read_small(folder / "config.json")
+      config = _read_json(f"{folder}/config.json", content)
+    _try_out(files, str(folder))
     return cls.from_files(files, config or {}, where=str(folder))
 
   @classmethod
@@ -111,11 +140,9 @@ class Tokenizer:
       config: the checkpoint's config.json, {} where there is none.
       where: the folder's name, for messages.
     """
-    options = _read_json(where, files.get("tokenizer_config.json", b"{}"))
-    special = _special_tokens(
-      options, _read_json(where, files.get("special_tokens_map.json", b"{}"))
-    )
-    backend = _backend(files, options, where)
+    options = _json_of(files, "tokenizer_config.json", where)
+    special = _special_tokens(files, options, where)
+    backend = _backend(files, options, special, where)
     ids = {
       role: _resolve_id(role, backend, special, config, where)
       for role in ("mask", "eos", "pad")
@@ -125,7 +152,7 @@ class Tokenizer:
       mask_id=ids["mask"],
       eos_id=ids["eos"],
       pad_id=ids["pad"],
-      template=_template(files, options),
+      template=_template(files, options, where),
       special_by_role=special,
       files=dict(files),
     )
@@ -146,11 +173,14 @@ class Tokenizer:
         f"encode wants a str, got {type(text).__name__}: {text!r:.80}"
       )
     try:
-      return self.backend.encode(text, add_special_tokens=False).ids
-    except Exception as error:
-      piece = self._unknown_piece(text)
+      encode = functools.partial(self.backend.encode, add_special_tokens=False)
+      return _guarded(encode, text).ids
+    except Exception as error:  # the library raises bare Exceptions
+      piece = None if isinstance(error, _Panic) else self._unknown_piece(text)
       if piece is None:
-        raise ValueError(f"cannot encode {text!r:.80}: {error}") from error
+        raise ValueError(
+          f"cannot encode {text!r:.80}: {error!s:.300}"
+        ) from error
       raise ValueError(
         f"{piece!r} in {text!r:.80} is not in the vocabulary of "
         f"{self.backend.get_vocab_size()} pieces; use only text that the "
@@ -163,10 +193,15 @@ class Tokenizer:
     Args:
       ids: [any length]; the vocabulary may be smaller than the model's head.
       skip_special: leave out mask, end-of-text and the other special tokens.
+
+    Raises:
+      ValueError: a number that is no id, or rules that fail on these ids.
     """
-    return self.backend.decode(
-      [int(i) for i in ids], skip_special_tokens=skip_special
-    )
+    ids = [int(i) for i in ids]
+    for i in ids:
+      if not 0 <= i <= _MAX_ID:
+        raise ValueError(f"decode wants ids from 0 to {_MAX_ID}, got {i}.")
+    return _guarded(self.backend.decode, ids, skip_special)
 
   def chat(
     self,
@@ -186,7 +221,8 @@ class Tokenizer:
       The prompt as text; `encode` turns it into ids.
 
     Raises:
-      ValueError: no template, or the template refuses these messages.
+      ValueError: no template, or the template refuses these messages or
+        takes more time or memory than it may.
     """
     if self.template is None:
       raise ValueError(
@@ -194,18 +230,14 @@ class Tokenizer:
         "tokenizer_config.json (chat_template) or chat_template.jinja, or "
         "pass plain text."
       )
-    import jinja2
+    from rspo_jax import chat_templates
 
-    try:
-      return _compiled_template(self.template).render(
-        messages=list(messages),
-        add_generation_prompt=add_generation_prompt,
-        **{**self.special_by_role, **variables},
-      )
-    except (jinja2.TemplateError, TypeError, ArithmeticError) as error:
-      raise ValueError(
-        f"the chat template refused the messages: {error}"
-      ) from error
+    return chat_templates.render(
+      self.template,
+      messages,
+      add_generation_prompt=add_generation_prompt,
+      **{**self.special_by_role, **variables},
+    )
 
   def save(self, folder) -> None:
     """Writes the tokenizer's files; `load` reads them back the same."""
@@ -291,57 +323,204 @@ def build_word_tokenizer(pieces: Sequence[str], pattern: str) -> Tokenizer:
   return Tokenizer.from_files(files, {}, where="build_word_tokenizer")
 
 
+def _is_complete(names) -> bool:
+  """Whether files make a tokenizer, in either layout."""
+  return "tokenizer.json" in names or {"vocab.json", "merges.txt"} <= set(names)
+
+
+class _Panic(ValueError):
+  """The library broke down where it should have raised an error."""
+
+
+def _guarded(function: Callable, *arguments):
+  """Calls the library; what it raises is an Exception, even when it panics."""
+  try:
+    return function(*arguments)
+  except Exception:
+    raise
+  except BaseException as error:
+    # Not an Exception, and its class cannot be imported.
+    if type(error).__name__ != "PanicException":
+      raise
+    raise _Panic(f"the library `tokenizers` gave up: {error!s:.300}") from error
+
+
+def _try_out(files: Mapping[str, bytes], where: str) -> None:
+  """Builds and uses a tokenizer in a worker, with limits of time and memory.
+
+  Normalizers, expressions and padding rules are programs. One that explodes
+  ends the worker and not the run; errors of other kinds are told where the
+  tokenizer is built in this process.
+
+  Raises:
+    CheckpointError: the worker did not come back.
+  """
+  reason = _trial(tuple(sorted(files.items())))
+  if reason:
+    raise CheckpointError(
+      f"{where}: {' or '.join(sorted(files))} cannot be used: on ordinary text "
+      f"the tokenizer fails ({reason}). Download the files again, or take "
+      "those of the original checkpoint."
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _trial(files: tuple[tuple[str, bytes], ...]) -> str:
+  """Why a worker failed over these files, empty when it did not."""
+  with tempfile.TemporaryDirectory() as folder:
+    for name, content in files:
+      (pathlib.Path(folder) / name).write_bytes(content)
+    (outcome,) = _worker().map([[folder]])
+  return outcome.reason
+
+
+@functools.lru_cache(maxsize=1)
+def _worker() -> workers.Workers:
+  """The process in which tokenizers are tried out."""
+  target = f"{__name__}:try_here"
+  return workers.Workers(target, count=1, limits=_TRIAL, quiet=True)
+
+
+def try_here(folder: str) -> None:
+  """Builds a tokenizer and puts the samples through it: the worker's part.
+
+  Raises:
+    ValueError: the library gave up.
+  """
+  files = {
+    file.name: file.read_bytes() for file in pathlib.Path(folder).iterdir()
+  }
+  try:
+    options = _json_of(files, "tokenizer_config.json", folder)
+    special = _special_tokens(files, options, folder)
+    backend = _backend(files, options, special, folder)
+  except CheckpointError as error:
+    if isinstance(error.__cause__, _Panic):
+      raise
+    return
+  calls = [
+    functools.partial(backend.encode, text, add_special_tokens=False)
+    for text in _SAMPLES
+  ]
+  calls.append(functools.partial(backend.decode, list(range(256)), False))
+  for call in calls:
+    try:
+      _guarded(call)
+    except _Panic:
+      raise
+    except Exception:  # a text that the vocabulary cannot spell
+      continue
+
+
 def _read_json(where: str, content: bytes) -> dict[str, Any]:
   """Parses a JSON object, or says which file is none."""
   try:
     value = json.loads(content)
-  except (UnicodeDecodeError, json.JSONDecodeError) as error:
-    raise ValueError(
-      f"{where}: not valid JSON ({error}); download the file again."
+  except (ValueError, RecursionError) as error:
+    raise CheckpointError(
+      f"{where}: not valid JSON ({error!s:.300}); download the file again."
     ) from error
   if not isinstance(value, dict):
-    raise ValueError(f"{where}: a JSON object is expected, got {value!r:.60}.")
+    raise CheckpointError(
+      f"{where}: a JSON object is expected, got {value!r:.60}."
+    )
   return value
 
 
-def _special_tokens(options, token_map) -> dict[str, str]:
+def _json_of(files, name: str, where: str) -> dict[str, Any]:
+  """A JSON file of the tokenizer, {} where there is none."""
+  return _read_json(f"{where}/{name}", files.get(name, b"{}"))
+
+
+def _wrong(where: str, key: str, value, wanted: str) -> CheckpointError:
+  """The error for an entry of another type than it should have."""
+  return CheckpointError(
+    f"{where}: {key}={value!r:.80} is no {wanted}; correct it, or download the "
+    "file again."
+  )
+
+
+def _content(token, where: str, key: str) -> str | None:
+  """Text of a token given as such or as an entry with `content`."""
+  text = token.get("content") if isinstance(token, dict) else token
+  if text is not None and not isinstance(text, str):
+    raise _wrong(where, key, token, "text of a token")
+  return text
+
+
+def _special_tokens(files, options, where) -> dict[str, str]:
   """Special tokens by role, from both files that may name them."""
   special = {}
-  for source in (token_map, options):
-    for role, token in source.items():
-      if not role.endswith("_token"):
-        continue
-      if isinstance(token, dict):
-        token = token.get("content")
-      if isinstance(token, str):
-        special[role] = token
+  for name, source in (
+    (
+      "special_tokens_map.json",
+      _json_of(files, "special_tokens_map.json", where),
+    ),
+    ("tokenizer_config.json", options),
+  ):
+    for role in _ROLES:
+      key = f"{role}_token"
+      token = _content(source.get(key), f"{where}/{name}", key)
+      if token is not None:
+        special[key] = token
   return special
 
 
-def _backend(files, options, where) -> tokenizers.Tokenizer:
+def _special_texts(files, options, special, where) -> set[str]:
+  """All texts that are named as special, with a role or without."""
+  texts = set(special.values()) | set(_MASK_NAMES)
+  token_map = _json_of(files, "special_tokens_map.json", where)
+  for name, source in (
+    ("special_tokens_map.json", token_map),
+    ("tokenizer_config.json", options),
+  ):
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+      tokens = source.get(key) or []
+      if isinstance(tokens, dict):
+        tokens = list(tokens.values())
+      if not isinstance(tokens, list):
+        raise _wrong(f"{where}/{name}", key, tokens, "list of tokens")
+      texts |= {_content(token, f"{where}/{name}", key) for token in tokens}
+  return texts
+
+
+def _backend(files, options, special, where) -> tokenizers.Tokenizer:
   """The `tokenizers` object of either layout."""
-  if "tokenizer.json" in files:
+  if "tokenizer.json" not in files:
+    backend = _byte_level(files, options, special, where)
+  else:
     try:
-      return tokenizers.Tokenizer.from_str(files["tokenizer.json"].decode())
+      text = files["tokenizer.json"].decode()
+      backend = _guarded(tokenizers.Tokenizer.from_str, text)
     except Exception as error:  # the library raises bare Exceptions
-      raise ValueError(
+      raise CheckpointError(
         f"{where}/tokenizer.json is damaged or from a newer version of "
-        f"`tokenizers` ({error}); download it again or upgrade `tokenizers`."
+        f"`tokenizers` ({error!s:.300}); download it again or upgrade `tokenizers`."
       ) from error
-  vocabulary = _read_json(f"{where}/vocab.json", files["vocab.json"])
-  lines = files["merges.txt"].decode().split("\n")
-  merges = [
-    tuple(line.split(" "))
-    for line in lines
-    if line and not line.startswith("#version")
-  ]
+  # Settings of whoever saved the file last: prompts would lose their ends.
+  backend.no_truncation()
+  backend.no_padding()
+  _check_growth(backend, where)
+  return backend
+
+
+def _byte_level(files, options, special, where) -> tokenizers.Tokenizer:
+  """Byte-level BPE of the Qwen2 kind from vocab.json and merges.txt."""
+  vocabulary = _json_of(files, "vocab.json", where)
   try:
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    lines = files["merges.txt"].decode().split("\n")
+    merges = [
+      tuple(line.split(" "))
+      for line in lines
+      if line and not line.startswith("#version")
+    ]
+    model = _guarded(models.BPE, vocabulary, merges)
   except Exception as error:  # the library raises bare Exceptions
-    raise ValueError(
-      f"{where}: vocab.json and merges.txt do not fit together ({error}); "
+    raise CheckpointError(
+      f"{where}: vocab.json and merges.txt do not fit together ({error!s:.300}); "
       "download both again."
     ) from error
+  backend = tokenizers.Tokenizer(model)
   backend.normalizer = normalizers.NFC()
   backend.pre_tokenizer = pre_tokenizers.Sequence(
     [
@@ -350,29 +529,100 @@ def _backend(files, options, where) -> tokenizers.Tokenizer:
     ]
   )
   backend.decoder = decoders.ByteLevel()
-  for token, content, special in _added_tokens(files, options, where):
-    added = tokenizers.AddedToken(content, special=special, normalized=False)
-    (backend.add_special_tokens if special else backend.add_tokens)([added])
-    if backend.token_to_id(content) != token:
-      raise ValueError(
-        f"{where}: the added token {content!r} should have id {token} but "
-        f"gets {backend.token_to_id(content)}; vocab.json and "
+  for token, added in _added_tokens(files, options, special, where):
+    add = backend.add_special_tokens if added.special else backend.add_tokens
+    _guarded(add, [added])
+    if backend.token_to_id(added.content) != token:
+      raise CheckpointError(
+        f"{where}: the added token {added.content!r:.80} should have id {token}"
+        f" but gets {backend.token_to_id(added.content)}; vocab.json and "
         "tokenizer_config.json are of different checkpoints."
       )
   return backend
 
 
-def _added_tokens(files, options, where) -> list[tuple[int, str, bool]]:
-  """(id, text, special) of the added tokens in the order of their ids."""
+def _added_tokens(files, options, special, where):
+  """(id, token) of the added tokens in the order of their ids.
+
+  As in transformers, an added token is special where its entry says so or a
+  role names it; added_tokens.json, the older file, has no entries.
+  """
+  named = _special_texts(files, options, special, where)
   added = {}
-  extra = _read_json(where, files.get("added_tokens.json", b"{}"))
-  for content, token in extra.items():
-    added[int(token)] = (content, True)
-  for token, entry in options.get("added_tokens_decoder", {}).items():
+  file = f"{where}/added_tokens.json"
+  for content, token in _json_of(files, "added_tokens.json", where).items():
+    if type(token) is not int or not 0 <= token <= _MAX_ID:
+      raise _wrong(file, content, token, "id")
+    added[token] = {"content": content}
+  file = f"{where}/tokenizer_config.json"
+  entries = options.get("added_tokens_decoder") or {}
+  if not isinstance(entries, dict):
+    raise _wrong(file, "added_tokens_decoder", entries, "object of tokens")
+  for key, entry in entries.items():
+    if not (key.isascii() and key.isdigit() and int(key[:12]) <= _MAX_ID):
+      raise _wrong(file, "added_tokens_decoder", key, "id")
     if isinstance(entry, str):
       entry = {"content": entry, "special": True}
-    added[int(token)] = (entry["content"], bool(entry.get("special", True)))
-  return [(token, *added[token]) for token in sorted(added)]
+    text = entry.get("content") if isinstance(entry, dict) else None
+    if not isinstance(text, str) or not text:
+      raise _wrong(file, f"added_tokens_decoder.{key}", entry, "token")
+    added[int(key)] = entry
+  result = []
+  for token in sorted(added):
+    entry = added[token]
+    text = entry["content"]
+    marked = {
+      name: _switch(entry, name, f"{file}: added_tokens_decoder.{token}")
+      for name in ("special", "lstrip", "rstrip", "single_word", "normalized")
+    }
+    marked["special"] |= text in named
+    result.append((token, tokenizers.AddedToken(text, **marked)))
+  return result
+
+
+def _switch(entry, name: str, where: str) -> bool:
+  """True or false of an entry, false where it says nothing."""
+  value = entry.get(name, False)
+  if type(value) is not bool:
+    raise _wrong(where, name, value, "true or false")
+  return value
+
+
+def _check_growth(backend: tokenizers.Tokenizer, where: str) -> None:
+  """Refuses rules that could make a text many times longer.
+
+  What they cost depends on the text, so that no trial can find it.
+  """
+  for part in ("normalizer", "pre_tokenizer", "decoder"):
+    rule = getattr(backend, part)
+    if rule is None:
+      continue
+    growth = _growth(json.loads(rule.__getstate__()))
+    if growth > _MAX_GROWTH:
+      raise CheckpointError(
+        f"{where}: the {part} of the tokenizer could make a text {growth:.3g} "
+        f"times longer, more than the {_MAX_GROWTH} that any real one needs; "
+        "take the tokenizer of the original checkpoint."
+      )
+
+
+def _growth(rule: Mapping[str, Any]) -> float:
+  """How many times longer a rule can make a text, in bytes, at most."""
+  kind = rule["type"]
+  if kind == "Sequence":
+    growth = 1.0
+    for key in ("normalizers", "pretokenizers", "decoders"):
+      for part in rule.get(key, ()):
+        growth = min(growth * _growth(part), 1e300)
+    return growth
+  if kind == "Replace":
+    found = len(rule["pattern"].get("String", "").encode())
+    put = len(rule["content"].encode())
+    return max(1.0, put / found) if found else 1.0 + put
+  if kind == "Prepend":
+    return 1.0 + len(rule["prepend"].encode())
+  # Letters taken apart, bytes written as letters, spaces around characters.
+  return 2.0 if kind in ("ByteLevel", "NFKD", "NFKC", "NFD") else 1.0
 
 
 def _resolve_id(role, backend, special, config, where) -> int:
@@ -384,61 +634,59 @@ def _resolve_id(role, backend, special, config, where) -> int:
     )
   own = None if claimed is None else backend.token_to_id(claimed)
   if claimed is not None and own is None:
-    raise ValueError(
-      f"{where}: tokenizer_config.json names {role}_token {claimed!r}, which "
-      "is not in the vocabulary; the files are of different checkpoints."
+    raise CheckpointError(
+      f"{where}: tokenizer_config.json names {role}_token {claimed!r:.80}, "
+      "which is not in the vocabulary; the files are of different checkpoints."
     )
-  wanted = config.get(f"{role}_token_id")
+  key = f"{role}_token_id"
+  wanted = config.get(key)
   if isinstance(wanted, list):  # generation configs may list several ends
     wanted = own if own in wanted else (wanted[0] if wanted else None)
+  if wanted is not None and (
+    type(wanted) is not int or not 0 <= wanted <= _MAX_ID
+  ):
+    raise _wrong(f"{where}/config.json", key, config[key], "id")
   if wanted is None and own is None:
-    raise ValueError(
-      f"{where}: neither config.json ({role}_token_id) nor the tokenizer "
+    raise CheckpointError(
+      f"{where}: neither config.json ({key}) nor the tokenizer "
       f"({role}_token) says which token is the {role} token; add "
-      f"{role}_token_id to config.json."
+      f"{key} to config.json."
     )
   if wanted is None:
     return own
   if own is not None and own != wanted:
-    raise ValueError(
-      f"{where}: config.json says {role}_token_id={wanted} but the "
+    raise CheckpointError(
+      f"{where}: config.json says {key}={wanted} but the "
       f"tokenizer's {role}_token {claimed!r} has id {own}; correct whichever "
       "is wrong, the model only knows one of them."
     )
-  return int(wanted)
+  return wanted
 
 
-def _template(files, options) -> str | None:
+def _template(files, options, where) -> str | None:
   """The chat template's source, chat_template.jinja before the config's."""
   if "chat_template.jinja" in files:
-    return files["chat_template.jinja"].decode()
+    try:
+      return files["chat_template.jinja"].decode()
+    except UnicodeDecodeError as error:
+      raise CheckpointError(
+        f"{where}/chat_template.jinja is no UTF-8 text ({error!s:.300}); download it "
+        "again."
+      ) from error
+  file = f"{where}/tokenizer_config.json"
   template = options.get("chat_template")
   if isinstance(template, list):
-    by_name = {entry["name"]: entry["template"] for entry in template}
+    by_name = {}
+    for entry in template:
+      if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        raise _wrong(file, "chat_template", entry, "template with a name")
+      by_name[entry["name"]] = entry.get("template")
+    if by_name and "default" not in by_name:
+      raise CheckpointError(
+        f"{file}: chat_template names {sorted(by_name)} and none of them "
+        "'default', so nothing says which is meant; name one of them so."
+      )
     template = by_name.get("default")
+  if template is not None and not isinstance(template, str):
+    raise _wrong(file, "chat_template", template, "text")
   return template
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled_template(source: str):
-  """Compiles a template in the sandbox, with the usual helpers."""
-  import jinja2
-  import jinja2.ext
-  import jinja2.sandbox
-
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True,
-    lstrip_blocks=True,
-    extensions=[jinja2.ext.loopcontrols],
-  )
-
-  def refuse(message):
-    raise jinja2.TemplateError(message)
-
-  def to_json(value, indent=None):
-    # jinja2's own filter escapes for HTML, which the models never saw.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
-
-  environment.globals["raise_exception"] = refuse
-  environment.filters["tojson"] = to_json
-  return environment.from_string(source)

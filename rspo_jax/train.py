@@ -192,6 +192,7 @@ def open_batches(run: Run):
   examples = data.load_examples(program.task, "train", settings.data)
   common = dict(
     prompt=program.prompt,
+    user_text=program.user_text,
     encode=program.model.tokenizer.encode,
     prompt_length=settings.prompt_length,
     pad_id=program.model.config.pad_id,

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors
 import safetensors.numpy
+import tokenizers
 
 from rspo_jax.models import families, hf_weights, published, transformer
 from rspo_jax.tokenizer import build_word_tokenizer
@@ -826,6 +827,71 @@ def test_ids_that_the_config_leaves_out_come_from_the_tokenizer():
   ids = {"mask_token_id": 7, "pad_token_id": 8, "eos_token_id": 9}
   model = families.from_hf(config, ids)
   assert (model.mask_id, model.pad_id, model.eos_id) == (7, 8, 31)
+
+
+def test_ids_that_the_embedding_has_no_row_for_are_refused(tmp_path):
+  tokenizer = build_word_tokenizer([*"0123456789"], r"[\s\S]")
+  config = DREAM | {"mask_token_id": 10, "eos_token_id": 11}
+  config |= {"pad_token_id": 11, "vocab_size": 13}
+  write_folder(tmp_path, config, tensors_of(config))
+  tokenizer.save(tmp_path)
+  assert hf_weights.load_config(tmp_path).config.vocab_size == 13
+  backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+  backend.add_tokens(["<new>", "<newer>"])
+  backend.save(str(tmp_path / "tokenizer.json"))
+  message = "'<newer>' the id 13, but the embedding has 13 rows .1 tokens"
+  with pytest.raises(hf_weights.UnsupportedConfig, match=message):
+    hf_weights.load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("source", "changes", "expected"),
+  [
+    (DREAM, {"rope_parameters": {"rope_theta": 1e4}}, 1e4),
+    (
+      DREAM,
+      {"rope_parameters": {"rope_theta": 1e6}},
+      "rope_parameters.*rope_theta=10000",
+    ),
+    (
+      DREAM,
+      {"rope_theta": ..., "rope_parameters": {"rope_theta": 1e6}},
+      1e6,
+    ),
+    (
+      LLADA,
+      {
+        "rope_theta": ...,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 9},
+      },
+      9.0,
+    ),
+    (LLADA, {"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+    (
+      DREAM,
+      {"rope_parameters": {"rope_type": "default", "factor": 4}},
+      "rope_parameters",
+    ),
+    *(
+      (source, {"rope_parameters": {"rope_type": kind, "factor": 4.0}}, kind)
+      for source in (LLADA, DREAM)
+      for kind in ("linear", "dynamic", "yarn", "longrope", "llama3")
+    ),
+    (DREAM, {"rope_parameters": {"full": {"rope_theta": 1e4}}}, "full"),
+    (DREAM, {"rope_parameters": 3}, "rope_parameters=3"),
+    (DREAM, {"rope_theta": ...}, "no rope_theta"),
+    (DREAM, {"rope_parameters": {"rope_theta": None}}, "rope_theta=None"),
+  ],
+)
+def test_the_rotation_of_either_generation_of_configs_is_honoured_or_refused(
+  source, changes, expected
+):
+  config = {k: v for k, v in (source | changes).items() if v is not ...}
+  if isinstance(expected, float):
+    assert families.from_hf(config).rope_theta == expected
+    return
+  with pytest.raises(families.UnsupportedConfig, match=expected):
+    families.from_hf(config)
 
 
 def test_unknown_files_beside_the_checkpoint_do_not_matter(tmp_path):

@@ -382,6 +382,15 @@ def test_an_adapter_of_another_model_is_told(adapter_folder):
     ("init_lora_weights", "pissa"),
     ("layers_to_transform", [0]),
     ("fan_in_fan_out", True),
+    ("megatron_config", {"tensor_model_parallel_size": 2}),
+    ("arrow_config", {"top_k": 2}),
+    ("an_option_of_tomorrow", 0.5),
+    ("use_rslora", "yes"),
+    ("target_modules", "*q_proj"),
+    ("target_modules", "(.*.*)*x"),
+    ("target_modules", [3]),
+    ("exclude_modules", "*q_proj"),
+    ("exclude_modules", {"q_proj": 1}),
     ("r", None),
     ("lora_alpha", "16"),
   ],
@@ -395,6 +404,31 @@ def test_options_that_compute_something_else_are_refused(
   name = {"r": "rank", "lora_alpha": "adapter_config"}.get(key, key)
   with pytest.raises(hf_weights.UnsupportedConfig, match=name):
     load(adapter_folder)
+
+
+def test_options_that_switch_nothing_on_pass(adapter_folder):
+  file = adapter_folder / "adapter_config.json"
+  config = json.loads(file.read_text())
+  config |= {f"tomorrow_{i}": v for i, v in enumerate((None, False, [], {}))}
+  # What PEFT 0.18 writes beside them.
+  config |= {"peft_version": "0.18.0", "megatron_core": "megatron.core"}
+  config |= {"qalora_group_size": 16, "loftq_config": {}, "revision": None}
+  file.write_text(json.dumps(config))
+  assert load(adapter_folder)[0].rank == config["r"]
+
+
+@pytest.mark.parametrize(
+  "excluded", [["model.transformer.ff_out"], r"model\.transformer\.ff_out"]
+)
+def test_a_module_that_is_excluded_needs_no_tensor(tmp_path, excluded):
+  peft_folder(
+    tmp_path,
+    tensors_of(LLADA),
+    llada_modules(("q_proj", "ff_out")),
+    target_modules=["q_proj", "ff_out"],
+    exclude_modules=excluded,
+  )
+  assert load(tmp_path)[0].targets == ("query", "down")
 
 
 def test_folders_that_are_no_adapter_say_so(adapter_folder):

@@ -231,7 +231,13 @@ class TestPrompts:
     chat = dataclasses.replace(plain, template=template)
     task, row = tasks.find("json:loads"), {"prompt": "Why?"}
     assert data.prompt_text(task, row, "compact", chat) == "Why?"
-    assert data.prompt_text(task, row, "chat", plain) == "Why?"
+    with pytest.raises(data.DataError, match="chat_template"):
+      data.prompt_text(task, row, "chat", plain)
+    empty = dataclasses.replace(plain, template="{{ messages[0].text }} ")
+    with pytest.raises(data.DataError, match="makes nothing of 'Why"):
+      data.prompt_text(task, row, "chat", empty)
+    bare = data.prompt_text(task, row, "d1", plain)
+    assert bare == task.prompt(row, "d1")
     found = data.prompt_text(task, row, "chat", chat)
     assert found == "<user>Why?<assistant>"
     found = data.prompt_text(task, row, "d1", chat)

@@ -1,6 +1,7 @@
 """Text comes back from its ids; ids and templates are the checkpoint's."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from rspo_jax import chat_templates, workers
 from rspo_jax.tokenizer import Tokenizer, build_word_tokenizer
 
 PIECES = [*"0123456789+-*/()= \n", "<answer>", "</answer>", "12"]
@@ -48,6 +50,23 @@ def test_special_tokens_are_left_out_unless_asked_for(words):
 
 def test_ids_past_the_vocabulary_decode_to_nothing(words):
   assert words.decode([1, 5000, 2]) == "12"
+
+
+@pytest.mark.parametrize("number", [-1, 2**31, 10**30])
+def test_a_number_that_is_no_id_is_told(words, number):
+  with pytest.raises(ValueError, match=f"ids from 0 to .*got {number}"):
+    words.decode([1, number])
+
+
+def test_truncation_and_padding_stored_in_a_file_do_not_act(words, tmp_path):
+  words.save(tmp_path)
+  backend = tokenizers.Tokenizer.from_str(
+    words.files["tokenizer.json"].decode()
+  )
+  backend.enable_truncation(4)
+  backend.enable_padding(length=40, pad_token="=")
+  backend.save(str(tmp_path / "tokenizer.json"))
+  assert Tokenizer.load(tmp_path).encode("(1+2)*3") == words.encode("(1+2)*3")
 
 
 def test_text_that_the_vocabulary_cannot_spell_names_the_piece(words):
@@ -206,6 +225,46 @@ def test_vocabulary_and_merges_give_the_same_ids_as_tokenizer_json(tmp_path):
     Tokenizer.load(tmp_path)
 
 
+def byte_level(folder, added, options):
+  """A folder in the older layout, with added_tokens.json."""
+  vocabulary = {c: i for i, c in enumerate(sorted(set("<answer>/5")))}
+  ids = {text: len(vocabulary) + i for i, text in enumerate(added)}
+  for name, content in (
+    ("vocab.json", vocabulary),
+    ("added_tokens.json", ids),
+    ("tokenizer_config.json", options),
+  ):
+    (folder / name).write_text(json.dumps(content))
+  (folder / "merges.txt").write_text("#version: 0.2\n")
+  return Tokenizer.load(folder)
+
+
+def test_only_named_tokens_of_added_tokens_json_are_special(tmp_path):
+  """As transformers reads the file: it says nothing about special tokens."""
+  added = ["<answer>", "</answer>", "[M]", "[E]", "[A]", "[B]", "[C]"]
+  options = {
+    "mask_token": "[M]",
+    "eos_token": {"content": "[E]"},
+    "pad_token": "[E]",
+    "additional_special_tokens": ["[A]"],
+    "extra_special_tokens": {"boi": "[B]"},
+  }
+  loaded = byte_level(tmp_path, added, options)
+  ids = loaded.encode("<answer>[A]5[B][M][C]</answer>[E]")
+  assert len(ids) == 8
+  assert loaded.decode(ids) == "<answer>5[C]</answer>"
+  # Entries of the newer kind say it themselves, or a role does.
+  first = loaded.backend.token_to_id("<answer>")
+  options["added_tokens_decoder"] = {
+    str(first + i): {"content": text, "lstrip": text == "[C]"}
+    for i, text in enumerate(added)
+  }
+  options["added_tokens_decoder"][str(first)]["special"] = True
+  loaded = byte_level(tmp_path, added, options)
+  ids = loaded.encode("<answer>5[M]</answer>")
+  assert loaded.decode(ids) == "5</answer>"
+
+
 # --- Chat templates ----------------------------------------------------------
 
 
@@ -304,6 +363,77 @@ def test_templates_can_neither_reach_out_nor_crash(words, tmp_path, template):
   with pytest.raises(ValueError, match="template refused"):
     loaded.chat(messages)
   assert messages == [{"role": "user", "content": "a"}]
+
+
+TURN = [{"role": "user", "content": "U"}]
+
+
+@pytest.mark.parametrize(
+  ("template", "expected"),
+  [
+    # What transformers 5 renders; see apply_chat_template there.
+    ("{% if tools is not none %}TOOLS{% endif %}U", "U"),
+    ("{% if documents is not none %}DOCUMENTS{% endif %}U", "U"),
+    ("{{ add_generation_prompt }}", "True"),
+    ("{{ bos_token is defined }}{{ eos_token }}", "False<|endoftext|>"),
+    ("{{ date_string is defined }}", "False"),
+    ("{% generation %}U{% endgeneration %}", "U"),
+    (
+      "{% set x = 1 %}{% generation %}{% set x = 2 %}{{ x }}"
+      "{% endgeneration %}{{ x }}",
+      "21",
+    ),
+    (
+      "{% for i in range(9) %}{% if i == 1 %}{% continue %}{% endif %}"
+      "{% if i == 3 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+      "02",
+    ),
+    (
+      "{{ {'b': 'ü<', 'a': [1]} | tojson(indent=1, sort_keys=true,"
+      " separators=(',', ':')) }}",
+      '{\n "a":[\n  1\n ],\n "b":"ü<"\n}',
+    ),
+    ("{{ 'ü' | tojson(ensure_ascii=true) }}", '"\\u00fc"'),
+    ("{{ strftime_now('%%') }}", "%"),
+  ],
+)
+def test_a_template_sees_what_transformers_gives_it(
+  words, tmp_path, template, expected
+):
+  loaded = with_template(words, tmp_path, {"chat_template": template})
+  assert loaded.chat(TURN) == expected
+
+
+@pytest.mark.parametrize(
+  "template",
+  [
+    "{{ 'x' * 10**10 }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ 'x'.ljust(10**10) }}",
+    "{{ lipsum(n=10**9) }}",
+    "{% set n = namespace(s='x') %}{% for i in range(60) %}"
+    "{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+    "{% set n = namespace(s=[]) %}{% for i in range(60) %}"
+    "{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+    "{% for i in range(99999) %}{% for j in range(99999) %}"
+    "{% for k in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{{ 10 ** (10**10) }}",
+    "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(1) }}",
+    "{{ 'x' * 2000000 }}",
+  ],
+)
+def test_no_template_takes_more_time_or_memory_than_it_may(
+  words, tmp_path, monkeypatch, template
+):
+  limits = workers.Limits(time_s=1.0, memory_bytes=256 << 20)
+  monkeypatch.setattr(chat_templates, "LIMITS", limits)
+  chat_templates._worker.cache_clear()
+  loaded = with_template(words, tmp_path, {"chat_template": template})
+  begin = time.monotonic()
+  with pytest.raises(ValueError, match="template refused"):
+    loaded.chat(TURN)
+  assert time.monotonic() - begin < 10.0
+  chat_templates._worker.cache_clear()
 
 
 def test_chat_without_template_says_where_one_belongs(words):

@@ -14,6 +14,13 @@ FAMILIES = ("llada", "dream")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("einsum", "flash")
 
+# Far beyond any model, and small enough that a config.json from elsewhere can
+# neither overflow the sizes of arrays nor make a list of layers without end.
+MAX_LAYERS = 2**12
+MAX_WIDTH = 2**20
+MAX_ROWS = 2**24
+MAX_LENGTH = 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -135,9 +142,9 @@ def from_hf(
   fields = _Fields(config)
   kind = fields.get("model_type")
   readers = {"llada": _from_llada, "Dream": _from_dream}
-  if kind not in readers:
+  if not isinstance(kind, str) or kind not in readers:
     raise UnsupportedConfig(
-      f"config.json: model_type={kind!r} is not known; supported are "
+      f"config.json: model_type={kind!r:.80} is not known; supported are "
       f"{sorted(readers)}."
     )
   for key, neutral in _ONLY_NEUTRAL.items():
@@ -297,21 +304,21 @@ class _Fields:
   def refuse(self, key: str, supported: str) -> UnsupportedConfig:
     """The error for a value that is not supported."""
     return UnsupportedConfig(
-      f"config.json: {key}={self._config.get(key)!r} is not supported; "
+      f"config.json: {key}={self._config.get(key)!r:.120} is not supported; "
       f"{supported} can be computed here."
     )
 
-  def count(self, key: str) -> int:
-    """A positive whole number."""
+  def count(self, key: str, most: int = MAX_WIDTH) -> int:
+    """A positive whole number; beyond `most` the arithmetic of sizes ends."""
     value = self.get(key)
-    if type(value) is not int or value < 1:
-      raise self.refuse(key, "only a positive whole number")
+    if type(value) is not int or not 1 <= value <= most:
+      raise self.refuse(key, f"only a whole number from 1 to {most}")
     return value
 
   def positive(self, key: str) -> float:
-    """A positive finite number."""
+    """A positive number that float32 holds, and its square."""
     value = self.get(key)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
+    if type(value) not in (int, float) or not 1e-18 < value < 1e18:
       raise self.refuse(key, "only a positive number")
     return float(value)
 
@@ -323,6 +330,38 @@ class _Fields:
     if type(value) is not bool:
       raise self.refuse(key, "only true or false")
     return value
+
+  def rotary_base(self) -> float:
+    """The base of the rotation, from whichever keys give it.
+
+    transformers 5 writes `rope_parameters` in place of `rope_theta` and
+    `rope_scaling`, and reads it before them.
+    """
+    bases = {}
+    for key in ("rope_parameters", "rope_scaling"):
+      rules = self._config.get(key)
+      if rules is None:
+        continue
+      plain = isinstance(rules, Mapping) and all(
+        name == "rope_theta"
+        or (name in ("rope_type", "type") and value == "default")
+        for name, value in rules.items()
+      )
+      if not plain:
+        raise self.refuse(
+          key, "only rope_theta and the rope_type 'default' in it"
+        )
+      if "rope_theta" in rules:
+        bases[f"{key}.rope_theta"] = _Fields(rules).positive("rope_theta")
+    if "rope_theta" in self._config or not bases:
+      bases["rope_theta"] = self.positive("rope_theta")
+    if len(set(bases.values())) > 1:
+      told = " but ".join(f"{key}={value:g}" for key, value in bases.items())
+      raise UnsupportedConfig(
+        f"config.json: {told}; programs differ in which one they read, so keep "
+        "the one that the model was trained with."
+      )
+    return next(iter(bases.values()))
 
   def only(self, key: str, *supported) -> None:
     """Refuses all values but these."""
@@ -346,16 +385,16 @@ def _from_llada(fields: _Fields) -> dict[str, Any]:
   if qk_norm:
     fields.only("attention_layer_norm_with_affine", True)
   bias = fields.switch("include_bias")
-  rows = vocabulary = fields.count("vocab_size")
+  rows = vocabulary = fields.count("vocab_size", MAX_ROWS)
   if fields.get("embedding_size") is not None:
-    rows = fields.count("embedding_size")
+    rows = fields.count("embedding_size", MAX_ROWS)
   if rows < vocabulary:
     raise fields.refuse(
       "embedding_size", f"only vocab_size={vocabulary} or more rows"
     )
   if fields.get("mlp_hidden_size") is None:
     mlp_width = fields.positive("mlp_ratio") * fields.count("d_model")
-    if mlp_width != int(mlp_width):
+    if not mlp_width.is_integer() or not 1 <= mlp_width <= MAX_WIDTH:
       raise fields.refuse("mlp_ratio", "only a whole width of the MLP")
   else:
     mlp_width = fields.count("mlp_hidden_size")
@@ -363,13 +402,13 @@ def _from_llada(fields: _Fields) -> dict[str, Any]:
     "family": "llada",
     "vocab_size": rows,
     "width": fields.count("d_model"),
-    "layers": fields.count("n_layers"),
+    "layers": fields.count("n_layers", MAX_LAYERS),
     "heads": fields.count("n_heads"),
     "kv_heads": _llada_kv_heads(fields),
     "mlp_width": int(mlp_width),
-    "rope_theta": fields.positive("rope_theta"),
+    "rope_theta": fields.rotary_base(),
     "norm_eps": fields.positive("rms_norm_eps"),
-    "max_length": fields.count("max_sequence_length"),
+    "max_length": fields.count("max_sequence_length", MAX_LENGTH),
     # The projections have a bias when either switch is on.
     "qkv_bias": fields.switch("include_qkv_bias", null=bias) or bias,
     "linear_bias": bias,
@@ -402,7 +441,7 @@ def _llada_kv_heads(fields: _Fields) -> int:
 def _from_dream(fields: _Fields) -> dict[str, Any]:
   """ModelConfig's values but for the ids, of a Dream config.json."""
   fields.only("hidden_act", "silu")
-  fields.only("rope_scaling", None)
+  fields.get("rope_scaling")
   fields.only("use_sliding_window", False)
   fields.only("use_mrope", False)
   width, heads = (
@@ -415,15 +454,15 @@ def _from_dream(fields: _Fields) -> dict[str, Any]:
     )
   return {
     "family": "dream",
-    "vocab_size": fields.count("vocab_size"),
+    "vocab_size": fields.count("vocab_size", MAX_ROWS),
     "width": width,
-    "layers": fields.count("num_hidden_layers"),
+    "layers": fields.count("num_hidden_layers", MAX_LAYERS),
     "heads": heads,
     "kv_heads": fields.count("num_key_value_heads"),
     "mlp_width": fields.count("intermediate_size"),
-    "rope_theta": fields.positive("rope_theta"),
+    "rope_theta": fields.rotary_base(),
     "norm_eps": fields.positive("rms_norm_eps"),
-    "max_length": fields.count("max_position_embeddings"),
+    "max_length": fields.count("max_position_embeddings", MAX_LENGTH),
     "qkv_bias": True,
     "logit_shift": True,
     "tie_embeddings": fields.switch("tie_word_embeddings"),

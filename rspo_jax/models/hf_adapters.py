@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from rspo_jax.models import hf_weights, lora
+from rspo_jax.models import hf_folder, hf_weights, lora
 from rspo_jax.models.families import (
   CheckpointError,
   ModelConfig,
@@ -38,22 +38,23 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
-# Keys of adapter_config.json that change what is computed, with the values
-# under which this module computes the same.
+# Keys of adapter_config.json that are read here, or say nothing about what is
+# computed with a trained adapter: names, versions, training's own settings.
+_READ = (
+  "auto_mapping",
+  "base_model_name_or_path", "corda_config", "ensure_weight_tying",
+  "eva_config", "exclude_modules", "inference_mode", "layers_pattern",
+  "loftq_config", "lora_alpha", "lora_dropout", "megatron_core", "peft_type",
+  "peft_version", "qalora_group_size", "r", "revision", "runtime_config",
+  "target_modules", "task_type", "use_rslora",
+)  # fmt: skip
+
+# Values under which other keys switch nothing on. An option that PEFT gets
+# tomorrow is refused by its name until it is known here.
+_OFF = (None, False, "", [], {})
 _NEUTRAL = {
-  "alpha_pattern": (None, {}),
   "bias": (None, "none"),
-  "fan_in_fan_out": (None, False),
   "init_lora_weights": (None, True, False, "gaussian", "orthogonal", "eva"),
-  "layer_replication": (None,),
-  "layers_to_transform": (None,),
-  "lora_bias": (None, False),
-  "modules_to_save": (None, []),
-  "rank_pattern": (None, {}),
-  "target_parameters": (None, []),
-  "trainable_token_indices": (None,),
-  "use_dora": (None, False),
-  "use_qalora": (None, False),
 }
 
 
@@ -81,7 +82,7 @@ def load_adapter(
       f"{folder} has no {CONFIG}, so it is no PEFT adapter; a full checkpoint "
       "is loaded by load_model."
     )
-  source = hf_weights.parse_json(file.read_bytes(), str(file))
+  source = hf_weights.parse_json(hf_folder.read_small(file), str(file))
   if not (folder / WEIGHTS).exists():
     raise CheckpointError(
       f"{folder} has no {WEIGHTS}; adapters in .bin files have to be saved "
@@ -218,14 +219,16 @@ def _check_modules(tensors, modules, source, where) -> tuple[str, ...]:
       )
   adapted = {target_by_module[module] for module in tensors}
   patterns = source.get("target_modules")
+  every = list(target_by_module)
+  named = _matching(source, "target_modules", every)
+  named -= _matching(source, "exclude_modules", every)
   for module, target in target_by_module.items():
-    named = _matches(patterns, module)
-    if module not in tensors and (target in adapted or named):
+    if module not in tensors and (target in adapted or module in named):
       raise MissingTensor(
         f"{where} has no {PREFIX}{module}.lora_A.weight, though "
         + (
-          f"target_modules={patterns!r} names it"
-          if named
+          f"target_modules={patterns!r:.200} names it"
+          if module in named
           else "other layers have one"
         )
         + "; download the adapter again."
@@ -237,12 +240,31 @@ def _check_modules(tensors, modules, source, where) -> tuple[str, ...]:
   return tuple(target for target in lora.TARGETS if target in adapted)
 
 
-def _matches(patterns, module: str) -> bool:
-  """Whether PEFT's target_modules name a module."""
-  if patterns is None or patterns == "all-linear":
-    return False
+def _matching(source, key: str, modules: list[str]) -> set[str]:
+  """The modules that PEFT's target_modules or exclude_modules name."""
+  patterns = source.get(key)
+  if patterns is None or (key, patterns) == ("target_modules", "all-linear"):
+    return set()
   if isinstance(patterns, str):
-    return re.fullmatch(patterns, module) is not None
+    try:
+      return set(hf_folder.matching(patterns, modules))
+    except ValueError as error:
+      raise UnsupportedConfig(
+        f"{CONFIG}: {key}={patterns!r:.120} is no expression that can be "
+        f"matched ({error}); correct it, or give a list of names."
+      ) from error
+  if not isinstance(patterns, list) or not all(
+    isinstance(pattern, str) for pattern in patterns
+  ):
+    raise UnsupportedConfig(
+      f"{CONFIG}: {key}={patterns!r:.120} must be a list of names or one "
+      "expression."
+    )
+  return {module for module in modules if _named(patterns, module)}
+
+
+def _named(patterns, module: str) -> bool:
+  """Whether a list of names has a module or the end of its name."""
   return any(module == p or module.endswith(f".{p}") for p in patterns)
 
 
@@ -250,13 +272,14 @@ def _settings(source, targets) -> LoraSettings:
   """LoraSettings of an adapter_config.json, or what it asks for in vain."""
   if source.get("peft_type") != "LORA":
     raise UnsupportedConfig(
-      f"{CONFIG}: peft_type={source.get('peft_type')!r} is not supported; "
+      f"{CONFIG}: peft_type={source.get('peft_type')!r:.80} is not supported; "
       "only 'LORA' can be loaded."
     )
-  for key, neutral in _NEUTRAL.items():
-    if key in source and source[key] not in neutral:
+  for key, value in source.items():
+    neutral = _NEUTRAL.get(key, _OFF)
+    if key not in _READ and value not in neutral:
       raise UnsupportedConfig(
-        f"{CONFIG}: {key}={source[key]!r} is not supported; only "
+        f"{CONFIG}: {key:.80}={value!r:.120} is not supported; only "
         f"{' or '.join(map(repr, neutral))} can be computed here. Merge the "
         "adapter with PEFT and load the full weights."
       )
@@ -265,14 +288,21 @@ def _settings(source, targets) -> LoraSettings:
       raise UnsupportedConfig(
         f"{CONFIG} has no {key}, which scales the adapter; add it."
       )
+  rslora = source.get("use_rslora")
+  if rslora not in (None, False, True):
+    raise UnsupportedConfig(
+      f"{CONFIG}: use_rslora={rslora!r:.80} must be true or false."
+    )
   try:
-    return LoraSettings(
+    settings = LoraSettings(
       rank=source["r"],
       alpha=source["lora_alpha"],
       targets=targets,
-      rslora=bool(source.get("use_rslora", False)),
+      rslora=bool(rslora),
     )
-  except (TypeError, ValueError) as error:
+    float(settings.scale)  # whole numbers beyond all floats
+    return settings
+  except (TypeError, ValueError, OverflowError) as error:
     raise UnsupportedConfig(f"{CONFIG}: {error}") from error
 
 
@@ -283,7 +313,7 @@ def _new_config(config, settings, base) -> dict[str, Any]:
   names = sorted({name.rsplit(".", 1)[-1] for name in wanted})
   every = {name for names_, _ in modules.values() for name in names_}
   target_modules: Any = names
-  if {name for name in every if _matches(names, name)} != wanted:
+  if {name for name in every if _named(names, name)} != wanted:
     # LLaDA calls a layer's down projection and its head both ff_out; a list
     # of names would adapt both, an expression names exactly ours.
     stems = sorted({re.sub(r"\.\d+\.", r".#.", name) for name in wanted})

@@ -30,17 +30,19 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from rspo_jax.models import families, transformer
+from rspo_jax.models import families, hf_folder, transformer
 from rspo_jax.models.families import (
   CheckpointError,
   ModelConfig,
   UnsupportedConfig,
 )
+from rspo_jax.models.hf_folder import CorruptFile
 from rspo_jax.tokenizer import Tokenizer
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 SHARD_BYTES = 5 * 10**9  # the hub's own limit for one file
+HEADER_BYTES = 100 * 10**6  # the largest that the format allows
 READ_BYTES = 2**20  # block that is cast at a time; it stays in the cache
 
 DTYPE_BY_CODE = {
@@ -49,6 +51,9 @@ DTYPE_BY_CODE = {
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 CODE_BY_DTYPE = {dtype: code for code, dtype in DTYPE_BY_CODE.items()}
+
+# Name of a file of weights: letters, digits, dots, dashes.
+_SHARD = r"(?a:[\w][\w.-]{0,200})"
 
 # Small files that other programs want beside the weights.
 _COMPANIONS = ("generation_config.json",)
@@ -109,10 +114,6 @@ class DuplicateTensor(CheckpointError):
 
 class WrongShape(CheckpointError):
   """A tensor has another shape than the config says."""
-
-
-class CorruptFile(CheckpointError):
-  """A file is truncated or not what its name says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,12 +266,28 @@ def load_config(path) -> Model:
       "eos_token_id": tokenizer.eos_id,
       "pad_token_id": tokenizer.pad_id,
     }
+  config = families.from_hf(source_config, ids)
+  if tokenizer is not None:
+    _check_rows(tokenizer, config.vocab_size, str(folder))
   return Model(
-    config=families.from_hf(source_config, ids),
+    config=config,
     params=None,
     tokenizer=tokenizer,
     source_config=source_config,
   )
+
+
+def _check_rows(tokenizer: Tokenizer, rows: int, where: str) -> None:
+  """Refuses a tokenizer whose ids the embedding has no rows for."""
+  id_by_token = tokenizer.backend.get_vocab()
+  token = max(id_by_token, key=id_by_token.get)
+  if id_by_token[token] >= rows:
+    count = sum(id_ >= rows for id_ in id_by_token.values())
+    raise UnsupportedConfig(
+      f"{where}: the tokenizer gives {token!r:.80} the id {id_by_token[token]},"
+      f" but the embedding has {rows} rows ({count} tokens have none); take the "
+      "tokenizer that belongs to the weights, or add rows to them."
+    )
 
 
 def save_model(model: Model, path) -> None:
@@ -352,7 +369,7 @@ def read_config(folder) -> dict[str, Any]:
       f"{folder} has no config.json, so it is not a checkpoint in the Hugging "
       f"Face layout; it holds {names[:8] or 'nothing'}.{hint}"
     )
-  return parse_json(file.read_bytes(), str(file))
+  return parse_json(hf_folder.read_small(file), str(file))
 
 
 def read_headers(folder) -> dict[str, Stored]:
@@ -513,30 +530,33 @@ def resolve_folder(path):
 
 def _companions(folder) -> dict[str, bytes]:
   """Small files other than config, tokenizer and weights."""
-  files = {}
+  names = []
   for entry in folder.iterdir():
     code = entry.name.endswith(".py") and entry.name.startswith(
       ("modeling_", "configuration_", "tokenization_", "generation_")
     )
     if entry.name in _COMPANIONS or code:
-      files[entry.name] = entry.read_bytes()
-  return files
+      names.append(entry.name)
+  contents, _ = hf_folder.read_companions(folder, sorted(names))
+  return contents
 
 
 def parse_json(content: bytes, where: str) -> dict[str, Any]:
   """Parses a JSON object; a key given twice is an error."""
 
   def unique(pairs):
-    result = dict(pairs)
-    if len(result) < len(pairs):
-      keys = [key for key, _ in pairs]
-      twice = sorted({key for key in keys if keys.count(key) > 1})
-      raise DuplicateTensor(f"{where}: {twice[0]} is given twice.")
+    result = {}
+    for key, value in pairs:
+      if key in result:
+        raise DuplicateTensor(f"{where}: {key:.120} is given twice.")
+      result[key] = value
     return result
 
   try:
     value = json.loads(content, object_pairs_hook=unique)
-  except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+  except DuplicateTensor:
+    raise
+  except (ValueError, RecursionError) as error:
     raise CorruptFile(
       f"{where} is damaged: not valid JSON ({error}); download it again."
     ) from error
@@ -547,23 +567,26 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
 
 def _read_index(file) -> dict[str, str]:
   """File by tensor name, of a safetensors index."""
-  weight_map = parse_json(file.read_bytes(), str(file)).get("weight_map")
+  weight_map = parse_json(hf_folder.read_small(file), str(file)).get(
+    "weight_map"
+  )
   if not isinstance(weight_map, dict) or not weight_map:
     raise CorruptFile(
       f"{file} is damaged: it has no weight_map; download it again."
     )
   for name, shard in weight_map.items():
     # A name with a folder in it could point anywhere on the machine.
-    if not isinstance(shard, str) or "/" in shard or "\\" in shard:
+    if not isinstance(shard, str) or not re.fullmatch(_SHARD, shard):
       raise CorruptFile(
-        f"{file} is damaged: {name} is said to be in {shard!r}, which is not "
-        "a file name."
+        f"{file} is damaged: {name:.120} is said to be in {shard!r:.120}, which "
+        "is not a file name."
       )
   return weight_map
 
 
 def read_header(file) -> dict[str, Stored]:
   """Reads and checks the header of one safetensors file."""
+  hf_folder.check_regular(file)
   size = file.stat().length
   with file.open("rb") as stream:
     length = int.from_bytes(stream.read(8), "little")
@@ -572,25 +595,29 @@ def read_header(file) -> dict[str, Stored]:
         f"{file} is truncated or no safetensors file: it has {size} bytes, "
         f"its header alone should have {length}; download it again."
       )
+    if length > HEADER_BYTES:
+      raise CorruptFile(
+        f"{file} is damaged: its header of {length} bytes is longer than the "
+        f"{HEADER_BYTES} that the format allows; download it again."
+      )
     header = parse_json(stream.read(length), str(file))
   start = 8 + length
   stored, spans = {}, []
   for name, entry in header.items():
     if name == "__metadata__":
       continue
-    try:
-      code, shape = entry["dtype"], tuple(entry["shape"])
-      begin, end = entry["data_offsets"]
-      count = math.prod(shape)
-    except (TypeError, KeyError, ValueError) as error:
+    if not _is_entry(entry):
       raise CorruptFile(
-        f"{file} is damaged: the header's entry of {name} is {entry!r:.120}; "
-        "download it again."
-      ) from error
+        f"{file} is damaged: the header's entry of {name:.120} is "
+        f"{entry!r:.120}; download it again."
+      )
+    code, shape = entry["dtype"], tuple(entry["shape"])
+    begin, end = entry["data_offsets"]
+    count = math.prod(shape)
     dtype = DTYPE_BY_CODE.get(code)
     if dtype is None:
       raise UnsupportedConfig(
-        f"{file}: {name} is stored as {code}; only "
+        f"{file}: {name} is stored as {code:.80}; only "
         f"{sorted(DTYPE_BY_CODE)} can be read. Convert or dequantise the "
         "checkpoint first."
       )
@@ -617,6 +644,20 @@ def read_header(file) -> dict[str, Stored]:
       f"{start + place}; download it again."
     )
   return stored
+
+
+def _is_entry(entry) -> bool:
+  """Whether a header's entry is of the types that the format says."""
+  if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+    return False
+  shape, offsets = entry.get("shape"), entry.get("data_offsets")
+  return (
+    isinstance(shape, list)
+    and isinstance(offsets, list)
+    and len(shape) <= 8
+    and len(offsets) == 2
+    and all(type(x) is int and 0 <= x < 2**63 for x in [*shape, *offsets])
+  )
 
 
 def read_tensors(file, dtype=None) -> dict[str, np.ndarray]:
