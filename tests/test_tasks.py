@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from rspo_jax import workers
 from rspo_jax.tasks import TASKS, answers, base, d1
+from rspo_jax.tasks import countdown as countdown_task
+from rspo_jax.tasks import gsm8k as gsm8k_module
 from rspo_jax.tasks import math500 as math500_module
 
 COUNTDOWN = {"ground_truth": [[3, 4, 5], 23], "solution": "3+4*5"}
@@ -173,6 +175,16 @@ class TestCountdown:
       r"<answer>\(4 \cdot 5 + 3\)</answer>",
       "<answer>3 + [4 × 5] = 23</answer>",
       "5*4--3",
+      "3+4⋅5",
+      "3 + 4·5",
+      "3 + 4 ∗ 5",
+      "3 + 4•5",
+      "（4×5）＋3",
+      r"3+4\ast5",
+      "3–−4*5",
+      "3+4*5 = 23.",
+      "<answer>4×5+3=23 .</answer>",
+      r"\boxed{3+4\times5=23.}",
     ],
   )
   def test_right_answers(self, completion):
@@ -181,8 +193,30 @@ class TestCountdown:
     assert verdict.parts == {"correct": 1.0, "numbers": 1.0}
 
   @pytest.mark.parametrize(
-    "completion", ["3+4+5", "3-4*5", "<answer>3+4*5=24</answer>", "3/4/5"]
+    ("numbers", "target", "completion"),
+    [
+      ([30, 4, 5], 21, "30–4–5"),
+      ([30, 4, 5], 21, "30‑4−5 = 21."),
+      ([30, 4, 5], 24, "30∕5*4"),
+      ([30, 4, 5], 24, "30⁄5×4"),
+      ([30, 4, 5], 24, "30÷5⋅4"),
+      ([30, 4, 5], -21, "4 + 5 − 30 = −21."),
+    ],
   )
+  def test_signs_of_unicode_are_operators(self, numbers, target, completion):
+    example = {"ground_truth": [numbers, target]}
+    assert TASKS["countdown"].verify(example, completion).correct
+    example = {"ground_truth": [numbers, target + 1]}
+    verdict = TASKS["countdown"].verify(example, completion)
+    assert not verdict.correct and verdict.parts["numbers"] == 1.0
+
+  @pytest.mark.parametrize(
+    "completion",
+    [
+      "3+4+5", "3-4*5", "<answer>3+4*5=24</answer>", "3/4/5",
+      "3+4*5 = 24.", "3+4*5 = 23.5", "3+4*5 = 23..", "3+4*5 = .", "3⋅4⋅5",
+    ],
+  )  # fmt: skip
   def test_right_numbers_that_miss_get_a_tenth(self, completion):
     verdict = countdown(completion)
     assert not verdict.correct and verdict.reward == 0.1, verdict
@@ -262,6 +296,12 @@ class TestCountdown:
     with pytest.raises(ValueError, match="without a solution"):
       TASKS["countdown"].demonstration(loaded)
 
+  def test_numbers_of_18_digits_and_a_larger_target_are_read(self):
+    row = {"nums": [10**18 - 1, 10**17], "target": 10**35 - 10**17}
+    example = countdown_task.parse_row(row)
+    answer = f"{10**17}*{10**18 - 1}"
+    assert TASKS["countdown"].verify(example, answer).correct
+
   @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -273,6 +313,12 @@ class TestCountdown:
       ({"input": 7, "output": "1"}, r"a.jsonl:2: expected whole numbers"),
       ({"nums": [], "target": 1}, r"a.jsonl:2: expected one number"),
       ({"numbers": [1, True], "target": 1}, r"a.jsonl:2: expected whole"),
+      ({"nums": [10**19, 1], "target": 1}, r"a.jsonl:2: .*up to 18 digits"),
+      ({"input": "1" * 19, "output": "1"}, r"a.jsonl:2: .*up to 18 digits"),
+      ({"nums": [1], "target": 10**40}, r"a.jsonl:2: .*target of up to 40"),
+      ({"input": "1", "output": "9" * 400}, r"a.jsonl:2: .*target of up to 40"),
+      ({"input": "1_0,2", "output": "20"}, r"a.jsonl:2: expected whole"),
+      ({"input": "٣,4", "output": "7"}, r"a.jsonl:2: expected whole"),
       ({"output": "23"}, r"a.jsonl:2: expected a field 'input'"),
       (
         {"nums": [1, 2], "target": 3, "solution": "1+1"},
@@ -297,6 +343,33 @@ class TestSudoku:
       verdict = sudoku(text)
       assert verdict.correct and verdict.reward == 1.0, verdict
       assert verdict.parts["exact"] == verdict.parts["accuracy"] == 1.0
+
+  @pytest.mark.parametrize(
+    "form",
+    [
+      "<answer>{p} -> \\boxed{{{s}}}</answer>", "<answer>{p} -> {s}</answer>",
+      "<answer>{p} => {s}</answer>", "<answer>{p} → {s}</answer>",
+      "<answer>{p} ⇒ {s}.</answer>", "<answer>{p} --> {s}</answer>",
+      "<answer>{p} \\rightarrow {s}</answer>", "<answer>{p}\n{s}</answer>",
+      "<answer>Puzzle: {p}\nSolution: {s}</answer>", "{p} -> {s}", "{p}\n{s}",
+      "<answer>\\boxed{{{s}}}</answer>", "<answer>{p} -> 1 -> {s}</answer>",
+    ],
+  )  # fmt: skip
+  def test_of_puzzle_and_solution_the_solution_counts(self, form):
+    puzzle, solution = SUDOKU["puzzle"], SUDOKU["ground_truth"]
+    verdict = sudoku(form.format(p=puzzle, s=solution))
+    assert verdict.correct and verdict.reward == 1.0, verdict
+    swapped = sudoku(form.format(p=solution, s=puzzle))
+    assert not swapped.correct, swapped
+    other = puzzle[::-1]
+    assert not sudoku(form.format(p=solution, s=other)).correct
+
+  @pytest.mark.parametrize("form", ["{s}{s}", "{q}{s}", "{s} {p}", "x -> {p}"])
+  def test_another_grid_before_the_solution_is_not_skipped(self, form):
+    puzzle, solution = SUDOKU["puzzle"], SUDOKU["ground_truth"]
+    text = form.format(p=puzzle, q=puzzle[::-1], s=solution)
+    assert not sudoku(f"<answer>{text}</answer>").correct
+    assert sudoku(f"the grid -> {solution}").reward == 0.0
 
   def test_another_valid_solution_is_correct_and_not_exact(self):
     verdict = TASKS["sudoku"].verify(TWO_SOLUTIONS, "1234342143122143")
@@ -445,6 +518,87 @@ class TestGsm8k:
   def test_wrong_answers(self, completion):
     verdict = gsm8k(completion)
     assert not verdict.correct and verdict.reward == 0.0, verdict
+
+  @pytest.mark.parametrize(
+    ("answer", "completion"),
+    [
+      ("29", "$29.00."), ("1/2", r"\frac12"), (".5", r"\frac12"),
+      ("0.5", ".5"), ("0.5", "½"), ("2.5", r"2\frac{1}{2}"), ("2.5", "2½"),
+      ("2.5", "2 1/2"), ("18", "18 m^2"), ("18", "18 m²"), ("18", "18 cm³"),
+      ("18", "18 cm^{3}"), ("18", r"18\text{ m}^2"),
+      ("18", r"18 \text{ km/h}"), ("18", "18 km/h"),
+      ("18", "18 miles per hour"), ("18", "$18/hour"), ("18", r"18\%"),
+      ("18", "18%"), ("18", "18 percent"), ("1234", "1,234"),
+      ("1234", "1{,}234"), ("1234", r"1,\!234"), ("1234", r"1\,234"),
+      ("1234", "1\u202f234"), ("1234.5", "$1,234.50"), ("-18", "−18"),
+      ("-18", "–18"), ("-18", r"-\$18"), ("18", "18 apples."),
+      ("18", "**18**"), ("18", "**18** apples"), ("18", "$18$ dollars"),
+      ("18", "€18"), ("18", "18€"), ("18", "x = 18"),
+      ("18", "the answer is 18."), ("18", "18 sq. ft."), ("18", r"18^\circ"),
+      ("18", "18°C"), ("18", r"18 \mathrm{cm}^{2}"),
+      ("18", r"18\,\text{cm}^3"), ("18", "18 square meters"),
+      ("18", "Total: $18"), ("18000", "18 thousand dollars"), ("18", "9+9=18"),
+      ("18", "18th"), ("18", "(18)"), ("18", "18 a day"), ("18", "18-year"),
+      ("0.75", "3/4"), ("0.75", r"\dfrac{3}{4}"), ("-0.75", r"-\frac{3}{4}"),
+      ("18", "18 kg·m"), ("18", "18 m/s^2"), ("18", "USD 18"),
+      ("118000", "118,000"), ("18", "18 people's"), ("18", r"\$18"),
+      ("18", "18.0"), ("18", "18 (dollars)"), ("18", "approximately 18 hours"),
+      ("18", "≈ 18"),
+    ],
+  )  # fmt: skip
+  def test_money_fractions_and_units_are_read(self, answer, completion):
+    example = {"answer_string": answer}
+    for text in (f"<answer>{completion}</answer>", f"\\boxed{{{completion}}}"):
+      verdict = TASKS["gsm8k"].verify(example, text)
+      assert verdict.correct, verdict
+
+  @pytest.mark.parametrize(
+    ("answer", "completion"),
+    [
+      ("12", r"\frac12"), ("9", r"\sqrt{9}"), ("9", "√9"), ("9", "sqrt(9)"),
+      ("3", "3!"), ("2", "2^3"), ("23", "2^3"), ("18", "18^2"),
+      ("18", r"18\pi"), ("18", "18π"), ("18", "18x"), ("18", "|−18|"),
+      ("18", "-(18)"), ("18", r"\log{18}"), ("18", "18 squared"),
+      ("18", "half of 18"), ("18", "18k"), ("18", "18 thousand"),
+      ("18", ">18"), ("18", r"x \ge 18"), ("18", "x>=18"), ("18", "!=18"),
+      ("18", r"\neq 18"), ("18", r"\pm 18"), ("18", "2×9+0"), ("18", "18i"),
+      ("18", "1.8e1"), ("18", "7-18"), ("18", "18–20"), ("18", "18 or 19"),
+      ("18", "-18"), ("18", "−18"), ("18", r"\binom{18}{1}x"),
+      ("18", r"\lfloor 18.5 \rfloor"), ("18", "18.5."),
+      ("18", "18 and a half"), ("234", "1 234"), ("18", "square root of 18"),
+      ("18", "negative 18"), ("18", "not 18"), ("18", "18/2"),
+      ("18", r"18\frac{1}{2}"), ("18", "18½"), ("18", r"18 \cdot 2"),
+      ("5", r"\frac{5}{0}"), ("5", "5/0"), ("18", r"\sqrt[3]{18}"),
+      ("18", "x^{18}"), ("18", "18°^2"), ("18", r"\overline{18}"),
+      ("18", "18_8"), ("2", "m^2"), ("18", "--18"),
+    ],
+  )  # fmt: skip
+  def test_no_operator_is_passed_over(self, answer, completion):
+    example = {"answer_string": answer}
+    for text in (f"<answer>{completion}</answer>", f"\\boxed{{{completion}}}"):
+      verdict = TASKS["gsm8k"].verify(example, text)
+      assert not verdict.correct, verdict
+
+  @pytest.mark.parametrize(
+    "number",
+    ["1/0", "1e400", "1e-999999999", "1e99999999", "9" * 400, "nan", "inf",
+     "1_0", "٣", "0x10", "1e", "", "1" * 41, "1e41"],
+  )  # fmt: skip
+  def test_a_gold_answer_out_of_bounds_is_refused_at_once(
+    self, tmp_path, number
+  ):
+    row = {"question": "a", "answer": f"#### {number}"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    settings = base.DataSettings(source=str(tmp_path / "a.jsonl"))
+    started = time.process_time()
+    with pytest.raises(ValueError, match=r"a.jsonl:1: expected a number of up"):
+      TASKS["gsm8k"].load("test", settings)
+    assert time.process_time() - started < 0.5
+
+  @pytest.mark.parametrize("number", [10**400, float("inf"), float("nan")])
+  def test_a_gold_answer_that_is_no_text_is_bounded_too(self, number):
+    with pytest.raises(ValueError, match="up to 40 digits"):
+      gsm8k_module.gold({"ground_truth": number})
 
   def test_thousands_and_signs_of_the_gold_answer_count(self):
     example = {"answer_string": "-1,234", "ground_truth": None}

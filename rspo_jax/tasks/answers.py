@@ -78,6 +78,38 @@ def last_box(text: str) -> str | None:
   return None
 
 
+_MAX_BOXES = 16
+_MAX_JOINT = 60  # characters between two boxes of one sentence
+_BLANK = r"(?:[\s$~&]|\\[()\[\],;:! ]|\\quad)*"
+_JOINT = re.compile(
+  rf"\}}{_BLANK}(?:[,;]{_BLANK})?"
+  rf"(?:(?:\\(?:text|mbox)\s*\{{\s*)?(?:,|and|or)(?:\s*\}})?)?{_BLANK}\Z"
+)
+
+
+def last_boxes(text: str) -> list[str]:
+  r"""Returns what the boxes of the last sentence with boxes hold, in order.
+
+  One sentence: between two boxes there is a comma, a semicolon, `and` or `or`,
+  and nothing else but spaces and marks of formulas.
+  """
+  content = last_box(text)
+  found, end = [], len(text)
+  while content is not None and len(found) < _MAX_BOXES:
+    found.append(content)
+    start = text.rfind("\\boxed", 0, end)
+    tail = max(start - _MAX_JOINT, 0)
+    joint = _JOINT.search(text[tail:start])
+    if not joint or not re.search(r"[,;]|and|or", joint[0].replace("\\,", "")):
+      break
+    end = tail + joint.start() + 1
+    start = text.rfind("\\boxed", 0, end)
+    content = last_box(text[start:end]) if start >= 0 else None
+    if content is not None and not text[start:end].endswith(content + "}"):
+      break
+  return found[::-1]
+
+
 _TOKENS = re.compile(r"[0-9]+|\S")
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "~": 3}
 

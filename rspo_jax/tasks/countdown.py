@@ -3,9 +3,10 @@
 Strict verdict. The answer is what the last closed <answer> tag holds, in it the
 last box; else the last box; else the whole completion. It must be an expression
 over + - * / and parentheses in the given numbers, optionally followed by
-`= target`. Values are exact fractions.
+`= target`, which may end in a full stop. Values are exact fractions.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import countdown as generator
@@ -15,19 +16,32 @@ from rspo_jax.tasks import answers, base, d1, prompts
 WEIGHTS = {"correct": 0.9, "numbers": 0.1}
 STYLES = ("compact", *prompts.STYLES)
 
-_SYMBOLS = {
+_LATEX = {
   "\\times": "*",
   "\\cdot": "*",
+  "\\ast": "*",
   "\\div": "/",
   "\\left": "",
   "\\right": "",
-  "\u00d7": "*",
-  "\u00b7": "*",
-  "\u00f7": "/",
-  "\u2212": "-",
-  "[": "(",
-  "]": ")",
+  "\\,": "",
 }
+_SIGNS = str.maketrans(
+  {
+    **dict.fromkeys(
+      "\u00d7\u00b7\u22c5\u2219\u2022\u2217\u2715\u2716\uff0a", "*"
+    ),
+    **dict.fromkeys("\u00f7\u2215\u2044\u2797\uff0f", "/"),
+    **dict.fromkeys(
+      "\u2010\u2011\u2012\u2013\u2014\u2212\ufe63\uff0d\u2796", "-"
+    ),
+    **dict.fromkeys("\u2795\uff0b", "+"),
+    **dict.fromkeys("[\uff08", "("),
+    **dict.fromkeys("]\uff09", ")"),
+    "\uff1d": "=",
+  }
+)
+_MAX_DIGITS = 18  # of a given number: more, and no answer could be read
+_MAX_TARGET_DIGITS = 40
 
 
 def prompt(example: base.Example, style: str) -> str:
@@ -81,8 +95,9 @@ def _final_answer(text: str) -> str:
 def _plain(text: str) -> str:
   """Writes LaTeX and unicode operators as plain ones."""
   if "\\" in text or not text.isascii() or "[" in text:
-    for symbol, plain in _SYMBOLS.items():
+    for symbol, plain in _LATEX.items():
       text = text.replace(symbol, plain)
+    text = text.translate(_SIGNS)
   text = text.strip()
   if len(text) > 1 and text[0] == "$" and text[-1] == "$":
     return text.strip("$")
@@ -144,7 +159,7 @@ def verify(
     return _verdict(
       {"correct": 0.0, "numbers": 1.0}, weights, f"gives {value}, not {target}"
     )
-  if equals and right.strip() != str(target):
+  if equals and right.strip().removesuffix(".").rstrip() != str(target):
     return _verdict(
       {"correct": 0.0, "numbers": 1.0},
       weights,
@@ -187,12 +202,12 @@ def parse_row(row) -> base.Example:
   if isinstance(numbers, str):
     numbers = numbers.split(",")
   try:
-    numbers = [_whole(number) for number in numbers]
-    target = _whole(target)
+    numbers = [_whole(number, _MAX_DIGITS) for number in numbers]
+    target = _whole(target, _MAX_TARGET_DIGITS)
   except (TypeError, ValueError) as error:
     raise ValueError(
-      f"expected whole numbers as in '30,100,93' and '23', got"
-      f" {numbers!r:.60} and {target!r:.60}."
+      "expected whole numbers of up to 18 digits, and a target of up to 40, as"
+      f" in '30,100,93' and '23', got {numbers!r:.60} and {target!r:.60}."
     ) from error
   if not numbers or min(numbers) < 0:
     raise ValueError(f"expected one number or more, none negative: {numbers}.")
@@ -207,11 +222,18 @@ def parse_row(row) -> base.Example:
   return example
 
 
-def _whole(value) -> int:
-  """Returns a whole number given as int or digits."""
-  if isinstance(value, bool) or not isinstance(value, int | str):
+def _whole(value, digits: int) -> int:
+  """Returns a whole number of so many digits, given as int or as text."""
+  if isinstance(value, str):
+    # Not int(): it takes 1_0 and the digits of other scripts.
+    if not re.fullmatch(rf"\s*[-+]?[0-9]{{1,{digits}}}\s*", value):
+      raise ValueError(value)
+    return int(value)
+  if isinstance(value, bool) or not isinstance(value, int):
     raise ValueError(value)
-  return int(value)
+  if abs(value) >= 10**digits:
+    raise ValueError(f"more than {digits} digits")
+  return value
 
 
 def load(split: str, settings: base.DataSettings) -> Sequence[base.Example]:

@@ -3,41 +3,96 @@ r"""GSM8K: grade-school word problems whose answer is one number.
 Strict verdict. The answer is what the last closed <answer> tag holds, in it the
 last box; without a closed tag the last box; without either what follows `####`;
 else the whole completion if it is nothing but a number. It must name one
-number: digits with or without thousands separators and sign, a decimal, a/b or
-\frac{a}{b}; currency, percent and units around it do not matter, of an equation
-the right side counts. Values are compared as exact fractions.
+number: digits with or without thousands separators and sign, a decimal, a/b,
+\frac{a}{b} or a mixed number; currency, percent and units around it do not
+matter, of an equation the right side counts. What is neither of these, such as
+an operator, is never passed over: \sqrt{9}, 3! and 2^3 name no number. Values
+are compared as exact fractions.
 """
 
+import contextlib
 import fractions
+import functools
 import re
 from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import downloads, files
-from rspo_jax.tasks import answers, base, d1, prompts
+from rspo_jax.tasks import answers, base, d1, latex, prompts
 
 WEIGHTS = {"correct": 1.0, "format": 0.0}
 STYLES = ("compact", *prompts.STYLES)
 
 # An answer is short; more than this is a text, not an answer.
 _MAX_ANSWER = 400
-_MAX_DIGITS = 40
+_MAX_GOLD = 10**40
 _MANY_STEPS = 7  # beyond it problems are too few for a class each
 
-_NUMBER = re.compile(
-  r"(?P<sign>[-+]\s*\$?\s*)?"
-  r"(?P<whole>[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)?"
-  r"(?P<part>\.[0-9]+)?"
+_GOLD = re.compile(
+  r"[-+]?(?:[0-9,]{1,60}(?:\.[0-9]{0,40})?|\.[0-9]{1,40})(?:[eE][-+]?[0-9]{1,2})?"
+  r"|[-+]?[0-9,]{1,60}/[0-9,]{1,60}"
 )
-_FRACTION = re.compile(
-  r"\\[dt]?frac\s*\{\s*(-?[0-9]{1,40})\s*\}\s*\{\s*(-?[0-9]{1,40})\s*\}"
+_ALONE = re.compile(r"[-+$\u2212\u2013]*\.?[0-9][0-9,.]{0,40}")
+_CURRENCY = re.compile("[\u00a2\u00a3\u00a5\u20a9\u20ac\u20b9\u20bd]")
+# Atomic, as all that is repeated here: letters can be split into words in many
+# ways, which a text that does not match would have to be tried in.
+_WORD = r"(?>[A-Za-z]+(?:['-][A-Za-z]+)*)"
+# What may stand before a number: words, a colon, an opening bracket.
+_BEFORE = re.compile(
+  rf"(?:{_WORD}|[\s.,:;(\"'#~$*`{{]|\\\$|\\[,;:! ]|\\approx|\\left|\\boxed)*+"
 )
-_TEXT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{([^{}]*)\}")
-_NOISE = re.compile(r"\\[,;!: ]|\\left|\\right|\\\$|\\%|\\\(|\\\)|[$%*`{}]")
-_MINUS = str.maketrans({"\u2212": "-", "\u2013": "-"})
-# Nothing of a number may touch these on either side: 2:00, 1_8, 3x4, 7-8.
-_JOINTS = re.compile(
-  r"[0-9][0-9.,]*\s*[:_^x×*/+-]\s*[0-9]|[0-9]_|[0-9]\.[0-9]+\."
+# What may stand behind it: percent, degrees, an ordinal, units with exponents.
+_BEHIND = re.compile(
+  r"(?:\s*\\%|\s*\^\s*(?:\\circ|\{\s*(?:\\circ|th|st|nd|rd)\s*\}))?"
+  r"(?:[\s.,;:()\"'~$*`}]|\\\$|\\[,;:! ]|\\right|\\quad"
+  rf"|(?:[/-]|\\cdot)?\s*{_WORD}(?:\s*\}}?\^\s*(?:\{{\s*-?[0-9]\s*\}}|-?[0-9]))?"
+  r")*+"
 )
+_WORDS = re.compile(r"(?<!\\)\b[A-Za-z]+")
+# Words that make another number of a number, which no unit does.
+_OPERATORS = frozenset(
+  [
+    "pi",
+    "sqrt",
+    "root",
+    "cbrt",
+    "log",
+    "ln",
+    "exp",
+    "sin",
+    "cos",
+    "tan",
+    "abs",
+    "floor",
+    "ceil",
+    "round",
+    "max",
+    "min",
+    "mod",
+    "minus",
+    "negative",
+    "plus",
+    "times",
+    "divided",
+    "multiplied",
+    "half",
+    "halves",
+    "twice",
+    "double",
+    "triple",
+    "factorial",
+    "not",
+    "than",
+  ]
+)
+_POWERS = frozenset(("squared", "cubed", "factorial"))  # right behind a number
+_LETTERS = frozenset("mgLlshdCFJNWVAtca")  # units of one letter, and "a day"
+_SCALES = {
+  "hundred": 100,
+  "thousand": 10**3,
+  "million": 10**6,
+  "billion": 10**9,
+  "trillion": 10**12,
+}
 
 
 def parse_number(text: str) -> fractions.Fraction | None:
@@ -46,69 +101,65 @@ def parse_number(text: str) -> fractions.Fraction | None:
   Args:
     text: an answer such as `18`, `$1,234.50`, `\\frac{3}{4}`, `18 apples`.
   """
-  text = text.strip()[:_MAX_ANSWER].translate(_MINUS)
-  text = text.rpartition("=")[2]
-  text = _TEXT.sub(r" \1 ", text)
-  value = _lone_fraction(text)
-  if value is not None:
-    return value
-  text = _NOISE.sub("", text).strip()
-  ratio = re.fullmatch(r"(-?[0-9]{1,40})\s*/\s*([0-9]{1,40})", text)
-  if ratio:
-    return _ratio(*ratio.groups())
-  if _JOINTS.search(text):
+  if len(text) > _MAX_ANSWER:
     return None
-  found = [
-    match
-    for match in _NUMBER.finditer(text)
-    if match["whole"] is not None or match["part"] is not None
-  ]
-  if len(found) != 1:
+  text = latex.plain(_CURRENCY.sub("", text)).rpartition("=")[2].strip()
+  found = latex.number(text)
+  if found is not None:
+    return found.value
+  text = latex.unwrapped(text)
+  parts = latex.parted(text)
+  if parts is None:
     return None
-  (match,) = found
-  digits = (match["whole"] or "0").replace(",", "") + (match["part"] or "")
-  if len(digits) > _MAX_DIGITS:
+  before, number, behind = parts
+  found = latex.number(number)
+  if found is None or before[-1:].isalpha():
     return None
-  value = fractions.Fraction(digits)
-  return -value if (match["sign"] or "").startswith("-") else value
-
-
-def _lone_fraction(text: str) -> fractions.Fraction | None:
-  r"""Reads \frac{a}{b} where no other digit stands beside it."""
-  match = _FRACTION.search(text)
-  if not match:
+  if not _BEFORE.fullmatch(before) or not _BEHIND.fullmatch(behind):
     return None
-  before, after = text[: match.start()], text[match.end() :]
-  if re.search(r"[0-9]", before + after):
+  named, units = _WORDS.findall(before), _WORDS.findall(behind)
+  if any(word.lower() in _OPERATORS for word in named + units):
     return None
-  value = _ratio(*match.groups())
-  if value is not None and _NOISE.sub("", before).strip().endswith("-"):
-    return -value
-  return value
-
-
-def _ratio(above: str, below: str) -> fractions.Fraction | None:
-  return fractions.Fraction(int(above), int(below)) if int(below) else None
+  # A letter alone is a variable as a rule.
+  if any(len(word) == 1 for word in named):
+    return None
+  if any(len(word) == 1 and word not in _LETTERS for word in units):
+    return None
+  if not units:
+    return found.value
+  if units[0].lower() in _POWERS:
+    return None
+  return found.value * _SCALES.get(units[0].lower(), 1)
 
 
 def gold(example: base.Example) -> fractions.Fraction:
   """Returns the right answer of an example.
 
   Raises:
-    ValueError: an example whose answer is no number.
+    ValueError: an example whose answer is no number of up to 40 digits.
   """
   for field in ("answer_string", "ground_truth"):
-    answer = example.get(field)
-    if isinstance(answer, str):
-      answer = answer.replace(",", "").strip()
-    try:
-      if answer is not None:
-        return fractions.Fraction(answer)
-    except (ValueError, TypeError, OverflowError) as error:
-      raise ValueError(
-        f"expected a number as the answer, got {answer!r:.40}."
-      ) from error
+    if example.get(field) is not None:
+      return _gold(example[field])
   raise ValueError("expected an answer, got none.")
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _gold(answer) -> fractions.Fraction:
+  value = None
+  if isinstance(answer, str):
+    # Short, so that neither its digits nor an exponent take long to write out.
+    if _GOLD.fullmatch(answer.strip()):
+      with contextlib.suppress(ZeroDivisionError):
+        value = fractions.Fraction(answer.replace(",", "").strip())
+  elif isinstance(answer, int | float) and abs(answer) < _MAX_GOLD:
+    value = fractions.Fraction(answer)  # which no nan is below
+  if value is None or abs(value) >= _MAX_GOLD:
+    shown = repr(answer) if isinstance(answer, str | float) else "a large one"
+    raise ValueError(
+      f"expected a number of up to 40 digits as the answer, got {shown:.40}."
+    )
+  return value
 
 
 def final_answer(text: str) -> str | None:
@@ -124,9 +175,7 @@ def final_answer(text: str) -> str | None:
   if "####" in text:
     return text.rpartition("####")[2]
   stripped = text.strip()
-  return (
-    stripped if re.fullmatch(r"[-+$]*[0-9][0-9,.]{0,40}", stripped) else None
-  )
+  return stripped if _ALONE.fullmatch(stripped) else None
 
 
 def verify(

@@ -2,12 +2,14 @@ r"""MATH: competition problems whose answer is a LaTeX expression.
 
 Strict verdict. The answer is what the last closed <answer> tag holds, in it the
 last box; without a closed tag the last box; else the whole completion if it is
-nothing but a number. Equal text and equal plain numbers are decided here and
-exactly; everything else by math-verify, in worker processes with limits of time
-and memory (`symbolic`). An answer over 1,000 characters is none.
+nothing but a number. Boxes with nothing but a comma, `and` or `or` between them
+are one answer. Equal text, numbers, numbers in a base and words are decided
+here and exactly (`latex`); everything else by math-verify, in worker processes
+with limits of time and memory (`symbolic`). An answer over 1,000 characters is
+none.
 """
 
-import fractions
+import dataclasses
 import functools
 import os
 import re
@@ -16,12 +18,13 @@ from collections.abc import Mapping, Sequence
 
 from rspo_jax import workers
 from rspo_jax.datasets import downloads, files
-from rspo_jax.tasks import answers, base, d1, prompts
+from rspo_jax.tasks import answers, base, d1, latex, prompts
 
 WEIGHTS = {"correct": 1.0, "format": 0.0}
 STYLES = ("compact", *prompts.STYLES)
 
 _MAX_ANSWER = 1000
+_MAX_NUMBER = 100  # characters of a completion that is one
 _TARGET = "rspo_jax.tasks.symbolic:call"
 # A comparison takes some 8 ms. The first limit leaves the worker alive, the
 # second covers one long operation that nothing can break off.
@@ -40,13 +43,9 @@ _LARGE_ITERATION = re.compile(
 _LARGE_NUMBER = re.compile(r"[0-9]{5,}")
 _MANY_SIGNS = re.compile(r"(?:[-+]\s*){16}")
 _LETTER = re.compile(r"(?<!\\)\b[a-z]\b|[0-9)}][a-z]\b", re.IGNORECASE)
+_LETTERS = re.compile(r"[A-Za-z]+")
 _DIGITS_ONLY = re.compile(r"[{(\s]*[0-9]")
 _SPACE = re.compile(r"\s+|\\[,;!: ]")
-_NUMBER = re.compile(r"-?(?:[0-9]{1,40}(?:\.[0-9]{1,40})?|\.[0-9]{1,40})")
-_RATIO = re.compile(
-  r"(-?)\\[dt]?frac\s*(?:\{\s*([0-9]{1,40})\s*\}|([0-9]))"
-  r"\s*(?:\{\s*([0-9]{1,40})\s*\}|([0-9]))"
-)
 
 
 @functools.cache
@@ -70,8 +69,8 @@ def final_answer(text: str) -> str | None:
   inside = answers.last_tag(text) if "<answer>" in text else None
   if inside is None:
     found = _boxed(text) if "\\boxed" in text else None
-    if found is None and _NUMBER.fullmatch(text.strip()):
-      found = text
+    if found is None and len(text) <= _MAX_NUMBER:
+      found = text if latex.number(latex.plain(text)) else None
   elif "\\boxed" in inside:
     found = _boxed(inside)
     if found is None:
@@ -84,25 +83,27 @@ def final_answer(text: str) -> str | None:
 
 
 def _boxed(text: str) -> str | None:
-  r"""Returns what the last box holds; `\boxed 5$` is one without braces."""
-  found = answers.last_box(text)
-  if found is None:
-    bare = _BARE_BOX.match(text, text.rfind("\\boxed"))
-    found = bare and bare.group(1)
-  return found
+  r"""Returns what the last box holds; `\boxed 5$` is one without braces.
+
+  Of several boxes in one sentence it is what they hold, with commas between;
+  what is the same number as one before is left out.
+  """
+  kept: list[str] = []
+  for box in answers.last_boxes(text):
+    if not any(_restates(each, box) for each in kept):
+      kept.append(box)
+  if kept:
+    return ", ".join(kept)
+  bare = _BARE_BOX.match(text, max(text.rfind("\\boxed"), 0))
+  return bare and bare.group(1)
 
 
-def _plain_number(text: str) -> fractions.Fraction | None:
-  """Reads digits, a decimal or a fraction of two digit strings."""
-  if _NUMBER.fullmatch(text):
-    return fractions.Fraction(text)
-  match = _RATIO.fullmatch(text)
-  if not match:
-    return None
-  above, below = match[2] or match[3], match[4] or match[5]
-  if not int(below):
-    return None
-  return fractions.Fraction(int(match[1] + above), int(below))
+def _restates(one: str, other: str) -> bool:
+  """Whether the content of a box is that of another one again."""
+  left, right = latex.number(latex.plain(one)), latex.number(latex.plain(other))
+  if left is None or right is None:
+    return one.strip() == other.strip()
+  return latex.same_number(left, right)
 
 
 def explodes(answer: str) -> bool:
@@ -146,17 +147,71 @@ def explodes(answer: str) -> bool:
   return False
 
 
-def _quick(gold: str, answer: str) -> bool | None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Answer:
+  """An answer and what it reads as.
+
+  Attributes:
+    text: as `latex.plain` gives it.
+    compact: without any space.
+    number, measure, numeral, words: see `latex`; None where it is no such
+      thing.
+  """
+
+  text: str
+  compact: str
+  number: latex.Number | None
+  measure: latex.Number | None
+  numeral: tuple[str, int] | None
+  words: str | None
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(answer: str) -> _Answer:
+  text = latex.plain(answer)
+  return _Answer(
+    text,
+    _SPACE.sub("", text),
+    latex.number(text),
+    latex.measure(text),
+    latex.numeral(text),
+    latex.words(text),
+  )
+
+
+def _quick(gold: _Answer, answer: _Answer) -> bool | None:
   """Whether two answers are the same, None where that takes more thought."""
-  if _SPACE.sub("", gold) == _SPACE.sub("", answer):
+  if gold.compact == answer.compact:
     return True
-  left, right = _plain_number(gold), _plain_number(answer)
-  if left is None or right is None:
+  if gold.numeral is not None:
+    return _same_numeral(gold.numeral, answer)
+  if gold.words is not None:
+    return gold.words == latex.spelled(answer.text)
+  if answer.words is not None and not _LETTERS.fullmatch(gold.compact):
+    return False  # of a product of symbols the letters may be in any order
+  if gold.measure is not None and "\\" in gold.text:
+    # A unit in words may be left out, and need not be in words.
+    given = answer.number or answer.measure
+    if given is not None and latex.same_number(gold.measure, given):
+      return True
+  if gold.number is None:
     return None
-  if left == right:
-    return True
-  # A decimal may stand for what it was rounded from.
-  return None if "." in gold + answer else False
+  if answer.numeral is not None:
+    return latex.in_base(*answer.numeral) == gold.number.value
+  if answer.number is None:
+    return None
+  return latex.same_number(gold.number, answer.number)
+
+
+def _same_numeral(gold: tuple[str, int], answer: _Answer) -> bool:
+  """Whether an answer has the digits of a number in a base, and its base.
+
+  Without a base it is taken to be in that of the gold answer.
+  """
+  found = answer.numeral or latex.numeral(answer.text.rpartition("=")[2])
+  if found is None:
+    return (answer.compact.lstrip("0") or "0") == gold[0]
+  return found == gold
 
 
 def verify_all(
@@ -182,17 +237,22 @@ def verify_all(
   found = [final_answer(answers.clip(completion)) for _, completion in pairs]
   correct: list[bool | None] = [False] * len(pairs)
   reasons = ["no final answer"] * len(pairs)
-  hard = []
+  hard, calls = [], []
   for i, ((example, _), answer) in enumerate(zip(pairs, found, strict=True)):
     if answer is None:
       continue
     reasons[i] = f"read {answer[:40]!a}"
-    correct[i] = _quick(example["ground_truth"], answer)
-    if correct[i] is None and explodes(answer):
+    gold, read = _read(example["ground_truth"]), _read(answer)
+    correct[i] = _quick(gold, read)
+    if correct[i] is None and explodes(read.text):
       correct[i], reasons[i] = False, f"too large a number: {answer[:40]!a}"
     if correct[i] is None:
-      hard.append(i)
-  calls = [("equal", pairs[i][0]["ground_truth"], found[i]) for i in hard]
+      sides = [latex.without_bases(each.text) for each in (gold, read)]
+      # A subscript that is no base says nothing that could be compared.
+      correct[i] = None if None not in sides else False
+      if correct[i] is None:
+        hard.append(i)
+        calls.append(("equal", *sides))
   for i, outcome in zip(hard, _ask(calls) if calls else [], strict=True):
     correct[i] = outcome.value is True
     if outcome.reason:
@@ -252,9 +312,15 @@ def parse_row(row) -> base.Example:
 
 def _unreadable(golds: Sequence[str]) -> dict[str, str]:
   """The gold answers that no comparison could read, and why."""
-  golds = sorted({gold for gold in golds if _plain_number(gold) is None})
+  golds = sorted(
+    {
+      gold
+      for gold in golds
+      if _read(gold).number is None and _read(gold).words is None
+    }
+  )
   # With nothing to read the workers still start, so that mistakes show now.
-  outcomes = _ask([("readable", gold) for gold in golds or ["0"]])
+  outcomes = _ask([("readable", _read(gold).text) for gold in golds or ["0"]])
   return {
     gold: outcome.reason or "math-verify finds no expression in it"
     for gold, outcome in zip(golds, outcomes, strict=bool(golds))

@@ -1,12 +1,15 @@
 """4x4 sudoku: fill the empty cells so that rows, columns and boxes hold 1..4.
 
-Strict verdict. The answer is the digits of the last closed <answer> tag; without
-any tag it is the whole completion if that is digits and white space. Correct
+Strict verdict. The answer is the digits of the last closed <answer> tag, in it
+of the last box; without any tag it is the whole completion if that is digits,
+white space and arrows. Of `PUZZLE -> SOLUTION`, or the puzzle and then the
+solution, it is the solution. Correct
 means a valid full grid that keeps the clues, whether or not it is the stored
 solution. `accuracy` is the share of empty cells that agree with the stored
 solution, a short answer counting as zeros at its end.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 
 from rspo_jax.datasets import files
@@ -17,6 +20,10 @@ STYLES = ("compact", *prompts.STYLES)
 
 _DIGITS = frozenset("0123456789")
 _FULL = frozenset("1234")
+_ARROW = re.compile(
+  r"[-=]{1,3}>|[\u2190-\u21ff\u27f0-\u27ff\u2794\u279c]"
+  r"|\\(?:to|mapsto|implies|(?:long)?rightarrow|(?:Long)?[rR]ightarrow)(?![a-z])"
+)
 
 
 def _units() -> tuple[tuple[int, int, int, int], ...]:
@@ -55,15 +62,22 @@ def corrupt(example: base.Example, rng) -> str:
   )
 
 
-def _final_digits(text: str) -> str | None:
+def _final_digits(text: str, puzzle: str) -> str | None:
   """Returns the digits of the answer, None where there is no answer."""
   if "<answer>" in text:
     inside = answers.last_tag(text)
     if inside is None:
       return None
-    return "".join(c for c in inside if c in _DIGITS)
-  digits = "".join(text.split())
-  return digits if digits.isascii() and digits.isdigit() else None
+    boxed = answers.last_box(inside) if "\\boxed" in inside else None
+    last = _ARROW.split(inside if boxed is None else boxed)[-1]
+    digits = "".join(c for c in last if c in _DIGITS)
+  else:
+    parts = ["".join(part.split()) for part in _ARROW.split(text)]
+    if not all(part.isascii() and part.isdigit() for part in parts):
+      return None
+    digits = parts[-1]
+  # The puzzle first, then its solution.
+  return digits[16:] if len(digits) == 32 and digits[:16] == puzzle else digits
 
 
 def is_valid(puzzle: str, grid: str) -> bool:
@@ -102,7 +116,7 @@ def verify(
     return d1.sudoku(example, completion)
   weights = base.resolve_weights(WEIGHTS, weights)
   puzzle, gold = example["puzzle"], example["ground_truth"]
-  digits = _final_digits(answers.clip(completion))
+  digits = _final_digits(answers.clip(completion), puzzle)
   if digits is None:
     parts = {"accuracy": 0.0, "cells": 0.0, "valid": 0.0, "exact": 0.0}
     return base.Verdict(0.0, False, parts, "no answer")
