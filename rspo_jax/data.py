@@ -258,8 +258,8 @@ class Batches:
     batch_size: B, over all processes.
     seed: of the order.
     start_step: where iteration begins.
-    process_index: of this process.
-    process_count: must divide B.
+    rows: i64 [b], places in a batch of those that this process wants
+      (`sharding.Split.held`); None: all.
     shuffle: whether to shuffle each epoch.
   """
 
@@ -271,25 +271,21 @@ class Batches:
     seed: int,
     *,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: np.ndarray | None = None,
     shuffle: bool = True,
   ):
-    if batch_size < 1 or batch_size % process_count:
+    if batch_size < 1:
+      raise DataError(f"batch size {batch_size} must be positive.")
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
+    outside = rows[(rows < 0) | (rows >= batch_size)]
+    if len(outside):
       raise DataError(
-        f"batch size {batch_size} must be a positive multiple of the"
-        f" {process_count} processes."
-      )
-    if not 0 <= process_index < process_count:
-      raise DataError(
-        f"process index {process_index} must be below the process count"
-        f" {process_count}."
+        f"row {outside[0]} must be in 0..{batch_size - 1}, the rows of a batch."
       )
     self._prompts = prompts
     self._make = make
     self._batch_size = batch_size
-    self._share = batch_size // process_count
-    self._offset = process_index * self._share
+    self._rows = rows
     self._start_step = start_step
     if not 0 <= seed < 2**32:
       raise DataError(f"data seed {seed} must be in 0..2^32-1.")
@@ -301,8 +297,7 @@ class Batches:
     self.dataset = grain.MapDataset.range(_ENDLESS).map(self._batch)
 
   def _batch(self, step: int):
-    first = int(step) * self._batch_size + self._offset
-    positions = np.arange(first, first + self._share)
+    positions = int(step) * self._batch_size + self._rows
     return self._make(self._prompts, self._order.indices(positions), positions)
 
   def __getitem__(self, step: int):
@@ -381,8 +376,7 @@ def prompt_batches(
     prompt_length: P.
     pad_id: fills the left of shorter prompts.
     long_prompts: as in `Prompts`.
-    **placement: start_step, process_index, process_count and shuffle of
-      `Batches`.
+    **placement: start_step, rows and shuffle of `Batches`.
 
   Returns:
     `Batches` of `PromptBatch`.
@@ -465,8 +459,7 @@ def demonstration_batches(
     eos_id: fills the right of shorter completions.
     corrupt_share: expected share of corrupt demonstrations, 0..1.
     long_prompts: as in `Prompts`.
-    **placement: start_step, process_index, process_count and shuffle of
-      `Batches`.
+    **placement: start_step, rows and shuffle of `Batches`.
 
   Returns:
     `Batches` of `DemonstrationBatch`.

@@ -162,7 +162,7 @@ def run(
     rollout_fn: jitted (params, prompts [batch, P], mask, key) -> Completions
       with group size 1.
     params: parameters on the device.
-    prompts: all prompts; each process decodes its rows of every batch.
+    prompts: all prompts; each process reads its own rows of every batch.
     batch: prompts decoded together, over all devices; the last batch is
       filled up with its first prompt and cut.
     mesh: the device mesh.
@@ -181,10 +181,8 @@ def run(
   Returns:
     `Result` over all prompts, the same on every process.
   """
-  import jax
 
-  processes, process = jax.process_count(), jax.process_index()
-  mine = batch // processes
+  split = sharding.split(mesh, batch)
   total = len(prompts.examples)
   starts = range(0, total, batch)
   rows, calls = [], []
@@ -192,9 +190,8 @@ def run(
   for sample, (index, start) in itertools.product(
     range(samples), enumerate(starts)
   ):
-    picked = np.arange(start + process * mine, start + (process + 1) * mine)
-    real = picked < total
-    picked = np.where(real, picked, start)
+    picked = start + split.held
+    picked = np.where(picked < total, picked, start)
     tokens, mask = sharding.put_global(
       mesh, (prompts.tokens[picked], prompts.mask[picked])
     )
@@ -204,18 +201,20 @@ def run(
     before = time.perf_counter()
     out = rollout_fn(params, tokens, mask, key)
     length = out.completion_mask.shape[1]
-    completions = sharding.local_rows(out.tokens)[:, -length:]
-    scored = sharding.local_rows(out.completion_mask)
+    completions = sharding.local_rows(out.tokens)[split.own, -length:]
+    scored = sharding.local_rows(out.completion_mask)[split.own]
+    real = start + split.held[split.own] < total
+    picked = picked[split.own]
     calls.append(int(out.denoiser_calls))
     if warm:
       seconds += time.perf_counter() - before
-      decoded += int(scored[real].sum()) * processes
+      decoded += int(scored[real].sum())
     warm = True
     examples = [prompts.examples[i] for i in picked]
     judged = judge(examples, to_text(completions, scored))
     lengths = scored.sum(1)
     played = denoising(
-      completions, scored, sharding.local_rows(out.commit_step)
+      completions, scored, sharding.local_rows(out.commit_step)[split.own]
     )
     for i in np.flatnonzero(real):
       rows.append(
@@ -233,6 +232,7 @@ def run(
     sharding.gather_json(rows),
     key=lambda row: (row["index"], row.get("sample", 0)),
   )
+  decoded = sum(sharding.gather_json([decoded]))
   verdicts = [row["verdict"] for row in rows]
 
   def table(values, dtype):

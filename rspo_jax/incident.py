@@ -22,8 +22,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from rspo_jax import sharding
-
 FOLDER = "incident"
 RECORD = "incident.json"
 # Folders of a run: the first ones tell the story, and a run that goes on
@@ -132,7 +130,7 @@ def write(
     folder: of the step (`folder_of`).
     record: JSON; written by process 0.
     arrays: any pytree of arrays; of those that are split over processes, each
-      writes its own rows.
+      writes its rows, and what several hold the first of them.
 
   Returns:
     None, or one line saying why nothing more is there: enough incidents are
@@ -185,9 +183,12 @@ def load(
 
 
 def _local(leaf: Any) -> np.ndarray:
-  """This process's rows of an array, each row once."""
+  """What this process writes of an array: each row is one process's."""
   if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
     return np.ascontiguousarray(leaf)
   if leaf.ndim == 0:
     return np.asarray(leaf.addressable_data(0))
-  return np.ascontiguousarray(sharding.local_rows(leaf))
+  first = [s for s in leaf.addressable_shards if s.replica_id == 0]
+  first.sort(key=lambda shard: shard.index[0].start or 0)
+  parts = [np.asarray(shard.data) for shard in first]
+  return np.concatenate([np.empty((0, *leaf.shape[1:]), leaf.dtype), *parts])

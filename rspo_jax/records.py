@@ -5,6 +5,7 @@ write; each of them is called by all processes.
 """
 
 import dataclasses
+import operator
 
 import jax
 
@@ -21,29 +22,43 @@ SAMPLED_GROUPS = 8  # groups of a rollout that samples/ shows
 TEXT_ROWS = 16  # completions of it that TensorBoard shows
 
 
-def keep_samples(run, prompts, judged, out) -> None:
-  """The first groups of a rollout into samples/ and TensorBoard."""
-  group = run.settings.rollout.group_size
-  count = min(SAMPLED_GROUPS * group, len(judged.texts))
-  scored = sharding.local_rows(out.completion_mask)[:count]
+def keep_samples(run, prompts, judged, out, rewards) -> None:
+  """The first groups of a rollout into samples/ and TensorBoard.
+
+  Args:
+    run: whose step it is.
+    prompts: that this process holds.
+    judged: its own completions.
+    out: those of all processes.
+    rewards: f32 [B, G], of all.
+  """
+  group, split = run.settings.rollout.group_size, run.split
+  own = sharding.repeated(split.own, group)
+  place = sharding.repeated(split.held, group)[own]
+  count = int((place < SAMPLED_GROUPS * group).sum())
+  own = own[:count]
+  scored = sharding.local_rows(out.completion_mask)[own]
   length = scored.shape[1]
   played = traces.denoising_rows(
     run.program.pieces,
-    sharding.local_rows(out.tokens)[:count, -length:],
+    sharding.local_rows(out.tokens)[own, -length:],
     scored,
-    sharding.local_rows(out.commit_step)[:count],
+    sharding.local_rows(out.commit_step)[own],
   )
   rows = [
-    {
-      "prompt": run.program.prompt(prompts.examples[i // group]),
-      "completion": judged.texts[i],
-      **rollout.verdict_row(judged.verdicts[i]),
-      **played[i],
-    }
+    [
+      int(place[i]),
+      {
+        "prompt": run.program.prompt(prompts.examples[own[i] // group]),
+        "completion": judged.texts[i],
+        **rollout.verdict_row(judged.verdicts[i]),
+        **played[i],
+      },
+    ]
     for i in range(count)
   ]
-  rows = sharding.gather_json(rows)[: SAMPLED_GROUPS * group]
-  rewards = sharding.gather_rows(judged.rewards)
+  rows = sorted(sharding.gather_json(rows), key=operator.itemgetter(0))
+  rows = [row for _, row in rows]
   step = run.step + 1
   run.write_rows(run.workdir / "samples" / f"train-{step:06d}.jsonl", rows)
   run.writer.text(
@@ -71,7 +86,7 @@ def keep_calibration(run, batch, scores) -> None:
     policy = run.score(run.policy, batch, 0)
   columns = traces.calibration(
     *(
-      sharding.gather_rows(sharding.local_rows(x))
+      sharding.whole(x)
       for x in (
         policy,
         reference,

@@ -3,9 +3,13 @@
 The only place where device arrays become text.
 
 1. `make_rollout` (jitted by the caller): repeats prompts G times, denoises.
-2. `to_text`, `judge`: this host's completions as text, and their verdicts.
-3. `assemble`: advantages and targets from the rewards of whole groups, dropped
-   groups moved to the end of their shard, arrays back on the device.
+2. `to_text`, `judge`: this host's own completions as text, and their verdicts.
+3. `gather`: what was found of the completions of all hosts, on each of them.
+4. `assemble`: advantages and targets from the rewards of the whole rollout,
+   dropped groups moved to the end of their shard, arrays back on the device.
+
+Every host computes 4 from the same numbers, so that what is selected and
+weighed does not depend on how many there are.
 """
 
 import dataclasses
@@ -44,7 +48,7 @@ class Completions:
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-  """This host's completions, read and judged.
+  """This host's own completions, read and judged.
 
   Attributes:
     texts: n completions as text.
@@ -69,6 +73,29 @@ class Judged:
     """bool [n], whose verifier hung, crashed or gave nothing usable."""
     reasons = [v.reason for v in self.verdicts]
     return np.asarray([base.NO_VERDICT in reason for reason in reasons], bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+  """What was found of the completions of all hosts, each [B, G].
+
+  Attributes:
+    rewards: f32.
+    correct: bool.
+    length: scored tokens, through the first EOS.
+    eos: whether there is one.
+    distinct: share of different texts in the completion's group.
+    unjudged: as in `Judged`.
+    empty: whether the text is blank.
+  """
+
+  rewards: np.ndarray
+  correct: np.ndarray
+  length: np.ndarray
+  eos: np.ndarray
+  distinct: np.ndarray
+  unjudged: np.ndarray
+  empty: np.ndarray
 
 
 def make_rollout(
@@ -229,13 +256,18 @@ def scope_masks(completion_mask, token_mask, scope: str):
   return completion_mask, token_mask
 
 
-def metrics(
-  judged: Judged, ended: np.ndarray, has_eos: np.ndarray, group: int
-) -> dict[str, float]:
-  """Metrics of a rollout, over the completions of all processes.
+def gather(
+  split: sharding.Split,
+  judged: Judged,
+  ended: np.ndarray,
+  has_eos: np.ndarray,
+  group: int,
+) -> Outcomes:
+  """What all hosts found, the same on each of them.
 
   Args:
-    judged: verdicts of this process's n completions, groups contiguous.
+    split: of the prompts.
+    judged: this host's own n completions, groups contiguous.
     ended: bool [n, L], True through the first EOS.
     has_eos: bool [n], whether a completion has one.
     group: completions of a prompt, G.
@@ -256,68 +288,65 @@ def metrics(
     ],
     axis=1,
   ).astype(np.float32)
-  rewards, correct, length, eos, distinct, unjudged, empty = (
-    sharding.gather_rows(table).astype(np.float64).T
+  shape = (len(split.own), group, table.shape[1])
+  rewards, correct, *others = np.moveaxis(
+    split.gather(table.reshape(shape)), -1, 0
   )
+  return Outcomes(rewards, correct > 0, *others)
+
+
+def gather_finished(
+  split: sharding.Split, rewards: np.ndarray, group: int
+) -> np.ndarray:
+  """Rewards f32 [F, n] of this host's own completions -> [F, B, G] of all."""
+  own = rewards.reshape(len(rewards), len(split.own), group)
+  return np.moveaxis(split.gather(np.moveaxis(own, 0, -1)), -1, 0)
+
+
+def metrics(outcomes: Outcomes) -> dict[str, float]:
+  """Metrics of a rollout, over the completions of all processes."""
+
+  def mean(values):
+    return float(values.reshape(-1).astype(np.float64).mean())
+
   return {
-    "reward/mean": float(rewards.mean()),
-    "reward/std": float(rewards.std()),
-    "reward/equal_groups": float(
-      objectives.equal_groups(rewards.reshape(-1, group)).mean()
-    ),
-    "reward/correct": float(correct.mean()),
-    "reward/no_verdict": float(unjudged.mean()),
-    "rollout/length_mean": float(length.mean()),
-    "rollout/eos_share": float(eos.mean()),
-    "rollout/empty_share": float(empty.mean()),
-    "rollout/distinct_share": float(distinct.mean()),
+    "reward/mean": mean(outcomes.rewards),
+    "reward/std": float(outcomes.rewards.reshape(-1).astype(np.float64).std()),
+    "reward/equal_groups": mean(objectives.equal_groups(outcomes.rewards)),
+    "reward/correct": mean(outcomes.correct),
+    "reward/no_verdict": mean(outcomes.unjudged),
+    "rollout/length_mean": mean(outcomes.length),
+    "rollout/eos_share": mean(outcomes.eos),
+    "rollout/empty_share": mean(outcomes.empty),
+    "rollout/distinct_share": mean(outcomes.distinct),
   }
 
 
-def assemble(
-  tokens: np.ndarray,
-  token_mask: np.ndarray,
-  completion_mask: np.ndarray,
-  judged: Judged,
+def advantages_of(
+  rewards: np.ndarray,
+  correct: np.ndarray,
   objective: objectives.ObjectiveSettings,
   *,
   normalize: bool,
   skip_equal_groups: bool,
-  scope: str,
-  shards: int,
-  first_row: int = 0,
-  commit_step: np.ndarray | None = None,
-  lambda_: float | None = None,
-  finished: np.ndarray | None = None,
   keep_groups: int = 0,
-) -> RolloutBatch:
-  """Host arrays of a step: advantages, targets, what is scored and seen.
+  finished: np.ndarray | None = None,
+) -> np.ndarray:
+  """Advantages f32 [B, G] of a whole rollout.
 
   Args:
-    tokens, token_mask: [n, S] of this host, groups contiguous.
-    completion_mask: bool [n, L], through the first EOS.
-    judged: verdicts of the n completions.
-    objective: its advantage function, lambda and group size.
+    rewards: f32 [B, G], of all hosts: some advantages are relative to all
+      completions.
+    correct: bool [B, G].
+    objective: its advantage function and group size.
     normalize: divide advantages by the group's standard deviation.
-    skip_equal_groups: drop groups whose advantages are all zero.
-    scope: as in likelihood.LikelihoodSettings.
-    shards: this host's shards of the batch.
-    first_row: place of this host's first completion in the whole rollout.
-    commit_step: i32 [n, L], for mask schemes that follow the sampler.
-    lambda_: of this step, where it follows a target share.
-    finished: f32 [F, n], rewards of completions of partial canvases, for
+    skip_equal_groups: groups whose advantages are all zero are dropped.
+    keep_groups: groups that are kept at most; 0: all.
+    finished: f32 [F, B, G], rewards of completions of partial canvases, for
       objectives that look at them.
-    keep_groups: groups of this host that are kept at most; 0: all.
-
-  Returns:
-    `RolloutBatch` of numpy arrays, kept groups first in every shard; in the
-    rollout's order where nothing can be dropped.
   """
-  group = objective.group_size
-  rewards = judged.rewards.reshape(-1, group)  # [b, G]
-  correct = judged.correct.reshape(-1, group)
 
-  def advantages_of(rewards, correct):
+  def among(rewards, correct):
     entry = objectives.OBJECTIVES[objective.name]
     advantages = entry.advantages(rewards, correct, normalize)
     if objective.solved_advantage:
@@ -326,35 +355,72 @@ def assemble(
       )
     return advantages
 
-  advantages = advantages_of(rewards, correct)
+  advantages = among(rewards, correct)
   if keep_groups and skip_equal_groups:
     surplus = np.flatnonzero((advantages != 0).any(1))[keep_groups:]
     if len(surplus):
       # Anew: some advantages are relative to all completions that are kept.
       rest = np.setdiff1d(np.arange(len(rewards)), surplus)
       advantages = np.zeros_like(advantages)
-      advantages[rest] = advantages_of(rewards[rest], correct[rest])
+      advantages[rest] = among(rewards[rest], correct[rest])
   if finished is not None:
-    finished = finished.reshape(len(finished), -1, group)
     advantages = objectives.process_advantages(advantages, rewards, finished)
+  return advantages
+
+
+def assemble(
+  tokens: np.ndarray,
+  token_mask: np.ndarray,
+  completion_mask: np.ndarray,
+  advantages: np.ndarray,
+  objective: objectives.ObjectiveSettings,
+  split: sharding.Split,
+  *,
+  skip_equal_groups: bool,
+  scope: str,
+  commit_step: np.ndarray | None = None,
+  lambda_: float | None = None,
+) -> RolloutBatch:
+  """Host arrays of a step: targets, what is kept, what is scored and seen.
+
+  Args:
+    tokens, token_mask: [n, S] that this host holds, groups contiguous.
+    completion_mask: bool [n, L], through the first EOS.
+    advantages: f32 [B, G] of the whole rollout.
+    objective: its lambda and group size.
+    split: of the B prompts.
+    skip_equal_groups: drop groups whose advantages are all zero.
+    scope: as in likelihood.LikelihoodSettings.
+    commit_step: i32 [n, L], for mask schemes that follow the sampler.
+    lambda_: of this step, where it follows a target share.
+
+  Returns:
+    `RolloutBatch` of n rows in numpy arrays, kept groups first in every shard;
+    in the rollout's order where nothing can be dropped.
+  """
+  group = objective.group_size
   targets = objectives.targets(
     advantages, objective.lambda_ if lambda_ is None else lambda_
   )
-  keep = np.ones(len(rewards), bool)
-  order = np.arange(len(rewards))
+  keep = np.ones(len(advantages), bool)
+  order = np.arange(len(advantages))
   if skip_equal_groups:
     keep = (advantages != 0).any(1)
-    order = order_by_keep(keep, shards)
-  rows = (order[:, None] * group + np.arange(group)).reshape(-1)
+    for _, groups, shards in split.blocks:
+      # A group moves among shards of the hosts that have it.
+      order[groups] = groups[order_by_keep(keep[groups], shards)]
+  taken = order[split.held]
+  places = sharding.repeated(taken, group)  # in the whole rollout
+  rows = sharding.repeated(np.searchsorted(split.held, taken), group)
   scored, seen = scope_masks(completion_mask, token_mask, scope)
   return RolloutBatch(
     tokens=tokens[rows],
     token_mask=seen[rows],
     completion_mask=scored[rows],
-    advantage=advantages.reshape(-1)[rows],
-    target=targets.reshape(-1)[rows],
-    keep=np.repeat(keep, group).astype(np.float32)[rows],
-    row=(first_row + rows).astype(np.int32),
+    advantage=advantages.reshape(-1)[places],
+    target=targets.reshape(-1)[places],
+    keep=np.repeat(keep, group).astype(np.float32)[places],
+    row=places.astype(np.int32),
     commit_step=None if commit_step is None else commit_step[rows],
     lambda_=None
     if lambda_ is None

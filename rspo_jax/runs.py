@@ -184,6 +184,7 @@ class Run:
     self.by_difficulty: list[dict[str, Any]] = []
     self.greedy_rows: list[dict[str, Any]] = []  # of the last evaluation
     self._evaluation_fns: dict[Any, Any] = {}
+    self.split = sharding.split(program.mesh, self.settings.rollout.prompts)
     self.eval_prompts = evaluation_prompts(
       program, self.settings.eval.split, self.settings.eval.prompts
     )
@@ -360,7 +361,7 @@ class Run:
     """How many prompts of a batch lost their beginning, where they may."""
     if self.settings.long_prompts == "refuse":
       return {}
-    everyone = sharding.gather_json([int(batch.cut.sum())])
+    everyone = sharding.gather_json([int(batch.cut[self.split.own].sum())])
     return {"data/cut_prompts": sum(everyone)}
 
   def sample(self, batches, step: int, watch) -> Sampled:
@@ -430,52 +431,32 @@ class Run:
       batch = self.call("presentation", program.present_fn, out)
       early = (batch, self.scores(batch))
     with watch("time/reward_s"):
-      length = ended.shape[1]
-      texts = program.to_text(host_tokens[:, -length:], ended)
-      judged = program.judge(prompts.examples, texts)
+      judged = self.judge(prompts, host_tokens, ended)
     finished, forwards = self.finishes(prompts, out, watch)
-    with watch("time/reward_s"):
-      host = rollout.assemble(
-        host_tokens,
-        sharding.local_rows(out.token_mask),
-        ended,
-        judged,
-        settings.objective,
-        normalize=settings.normalize_advantages,
-        skip_equal_groups=settings.skip_equal_groups,
-        scope=settings.likelihood.scope,
-        shards=settings.step.shards // jax.process_count(),
-        first_row=jax.process_index() * len(texts),
-        commit_step=sharding.local_rows(out.commit_step)
-        if settings.likelihood.needs_trace
-        else None,
-        lambda_=self.lambda_ if settings.objective.lambda_share else None,
-        finished=finished,
-        keep_groups=settings.rollout.keep_groups // jax.process_count(),
-      )
     pending = [x for one in early[1] for x in one.arrays] if early else []
     if following is not None:
       pending = [following.completions.tokens]
     if not all(x.is_ready() for x in pending):
       watch.overlapped_s = watch.seconds["time/reward_s"]
+    with watch("time/score_s"):
+      # What the processes gather is behind it on the device.
+      jax.block_until_ready(pending)
     self.stop_if_asked()
     if following is not None:
       self.complete(following, watch)
       self.following = following
-    values = rollout.metrics(
-      judged,
-      ended,
-      (host_tokens[:, -length:] == program.model.config.eos_id).any(1),
-      group,
-    )
+    with watch("time/reward_s"):
+      outcomes = self.outcomes(host_tokens, ended, judged)
+      if finished is not None:
+        finished = rollout.gather_finished(self.split, finished, group)
+      host = self.assemble(out, host_tokens, ended, outcomes, finished)
+    values = rollout.metrics(outcomes)
     values |= self.cut_prompts(prompts)
     values["rollout/denoiser_calls"] = int(out.denoiser_calls)
     values["compute/rollout"] = float(out.forwards) + forwards
-    values["rollout/tokens_per_s"] = (
-      ended.size * jax.process_count() / sampled.seconds
-    )
+    values["rollout/tokens_per_s"] = out.completion_mask.size / sampled.seconds
     if self.samples_due():
-      records.keep_samples(self, prompts, judged, out)
+      records.keep_samples(self, prompts, judged, out, outcomes.rewards)
     if early is not None:
       put = functools.partial(sharding.put_global, program.mesh)
       batch = early[0].replace(
@@ -493,6 +474,54 @@ class Run:
       return batch, self.scores(batch, old), values
     return batch, None, values
 
+  def judge(self, prompts, tokens, ended) -> rollout.Judged:
+    """Verdicts of this process's own completions.
+
+    Args:
+      prompts: that it holds, a batch of data.py.
+      tokens: i32 [n, S] that it holds.
+      ended: bool [n, L], True through the first EOS.
+    """
+    split, program = self.split, self.program
+    own = sharding.repeated(split.own, self.settings.rollout.group_size)
+    texts = program.to_text(tokens[own, -ended.shape[1] :], ended[own])
+    return program.judge([prompts.examples[i] for i in split.own], texts)
+
+  def outcomes(self, tokens, ended, judged) -> rollout.Outcomes:
+    """What all processes found of the completions of a rollout."""
+    group = self.settings.rollout.group_size
+    own = sharding.repeated(self.split.own, group)
+    completions = tokens[own, -ended.shape[1] :]
+    has_eos = (completions == self.program.model.config.eos_id).any(1)
+    return rollout.gather(self.split, judged, ended[own], has_eos, group)
+
+  def assemble(self, out, tokens, ended, outcomes, finished):
+    """Host arrays of a step (`rollout.assemble`) from what all have found."""
+    settings = self.settings
+    advantages = rollout.advantages_of(
+      outcomes.rewards,
+      outcomes.correct,
+      settings.objective,
+      normalize=settings.normalize_advantages,
+      skip_equal_groups=settings.skip_equal_groups,
+      keep_groups=settings.rollout.keep_groups,
+      finished=finished,
+    )
+    return rollout.assemble(
+      tokens,
+      sharding.local_rows(out.token_mask),
+      ended,
+      advantages,
+      settings.objective,
+      self.split,
+      skip_equal_groups=settings.skip_equal_groups,
+      scope=settings.likelihood.scope,
+      commit_step=sharding.local_rows(out.commit_step)
+      if settings.likelihood.needs_trace
+      else None,
+      lambda_=self.lambda_ if settings.objective.lambda_share else None,
+    )
+
   def samples_due(self) -> bool:
     """Whether the step in progress leaves samples."""
     every = self.settings.run.samples_every
@@ -505,26 +534,26 @@ class Run:
     counts as rollout, judging them as reward.
 
     Returns:
-      (rewards f32 [F, n] of this host or None, forwards they took).
+      (rewards f32 [F, n] of this host's own or None, forwards they took).
     """
     settings, program = self.settings, self.program
     objective = settings.objective
     if not objectives.OBJECTIVES[objective.name].finishes:
       return None, 0.0
-    key = jax.random.fold_in(self.rollout_key(self.step), 1)
-    keys = jax.random.split(key, objective.finishes + 1)
-    forward = jax.random.randint(keys[-1], (), 1, settings.sampler.steps)
+    *keys, drawn = train_step.finish_keys(
+      self.rollout_key(self.step), objective.finishes + 1
+    )
+    forward = jax.random.randint(drawn, (), 1, settings.sampler.steps)
     rewards, forwards = [], 0.0
-    for own in keys[:-1]:
+    for key in keys:
       with watch("time/rollout_s"):
         done = self.call(
-          "finishing", program.finish_fn, self.policy, out, forward, own
+          "finishing", program.finish_fn, self.policy, out, forward, key
         )
         ended = sharding.local_rows(done.completion_mask)
-        tokens = sharding.local_rows(done.tokens)[:, -ended.shape[1] :]
+        tokens = sharding.local_rows(done.tokens)
       with watch("time/reward_s"):
-        texts = program.to_text(tokens, ended)
-        rewards.append(program.judge(prompts.examples, texts).rewards)
+        rewards.append(self.judge(prompts, tokens, ended).rewards)
       forwards += float(done.forwards)
     return np.stack(rewards), forwards
 
@@ -540,8 +569,7 @@ class Run:
     Of the present step where none is given.
     """
     step = self.step if step is None else step
-    key = train_step.stream_key(self.settings.run.seed, step, train_step.MASKS)
-    return jax.random.fold_in(key, update) if update else key
+    return train_step.mask_key(self.settings.run.seed, step, update)
 
   def score(self, params, batch, update: int, step: int | None = None):
     """Values of a batch under parameters, with the masks of an update."""

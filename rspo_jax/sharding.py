@@ -2,12 +2,14 @@
 
 Mesh axes: "data" replicates parameters, "fsdp" shards them, "tensor" shards
 heads, mlp and the embedding's vocabulary; the batch is split over data and
-fsdp. The head's vocabulary is split over fsdp and tensor: its rows are many and
+fsdp. Where "tensor" reaches over processes they hold the same rows (`Split`). The head's vocabulary is split over fsdp and tensor: its rows are many and
 its inputs few, so that hidden rows travel and the weight never does. One device
 is a 1x1x1 mesh: there is no second code path. A dimension that its mesh axis
 does not divide stays whole, so that tiny models run on any mesh.
 """
 
+import dataclasses
+import functools
 import json
 import math
 
@@ -219,17 +221,105 @@ def sum_scatter(x, axis: str, dimension: int):
   return x
 
 
-def put_global(mesh: Mesh, tree):
-  """Host rows [b, ...] of every process -> global arrays [B, ...]."""
-  sharding = batch_sharding(mesh)
-  return jax.tree.map(
-    lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)),
-    tree,
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """Which process has which rows of a batch of B.
+
+  Rows are counted in the batch's order, which is that of its shards. Those of
+  one shard lie on all processes that have a device of it: each of them puts the
+  same rows there, and they share what the host does with them (read, judge), so
+  that every row is one process's `own`.
+
+  Attributes:
+    size: B, a multiple of the shards.
+    holders: for each shard the processes that hold it, ascending.
+    process: this one.
+  """
+
+  size: int
+  holders: tuple[tuple[int, ...], ...]
+  process: int = 0
+
+  @functools.cached_property
+  def blocks(self) -> list[tuple[tuple[int, ...], np.ndarray, int]]:
+    """(processes, rows i64, shards) of the shards with the same holders."""
+    by_shard = np.arange(self.size).reshape(len(self.holders), -1)
+    blocks = []
+    for processes in dict.fromkeys(self.holders):
+      mine = [each == processes for each in self.holders]
+      blocks.append((processes, by_shard[mine].reshape(-1), sum(mine)))
+    return blocks
+
+  @functools.cached_property
+  def held(self) -> np.ndarray:
+    """i64 [b]: rows on this process's devices, ascending."""
+    parts = [rows for who, rows, _ in self.blocks if self.process in who]
+    return np.sort(np.concatenate(parts))
+
+  def own_of(self, process: int) -> np.ndarray:
+    """i64 [c]: rows that a process reads and judges, ascending."""
+    parts = [
+      np.array_split(rows, len(who))[who.index(process)]
+      for who, rows, _ in self.blocks
+      if process in who
+    ]
+    return np.sort(np.concatenate(parts))
+
+  @functools.cached_property
+  def own(self) -> np.ndarray:
+    """i64 [c]: `own_of` this process, as places among the rows it holds."""
+    return np.searchsorted(self.held, self.own_of(self.process))
+
+  def gather(self, rows: np.ndarray) -> np.ndarray:
+    """Own rows [c, ...] of every process -> [B, ...], the same on all."""
+    if jax.process_count() == 1:
+      return rows
+    parts = [self.own_of(index) for index in range(jax.process_count())]
+    padded = np.zeros((max(map(len, parts)), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    everyone = np.asarray(multihost_utils.process_allgather(padded))
+    whole = np.zeros((self.size, *rows.shape[1:]), rows.dtype)
+    for part, found in zip(parts, everyone, strict=True):
+      whole[part] = found[: len(part)]
+    return whole
+
+
+def split(mesh: Mesh, size: int) -> Split:
+  """How a batch of `size` rows lies on the processes of a mesh."""
+  by_shard = mesh.devices.reshape(batch_shards(mesh), -1)
+  holders = tuple(
+    tuple(sorted({device.process_index for device in devices}))
+    for devices in by_shard
   )
+  return Split(size, holders, jax.process_index())
+
+
+def repeated(rows: np.ndarray, times: int) -> np.ndarray:
+  """Places of prompts -> those of their `times` completions each."""
+  return (rows[:, None] * times + np.arange(times)).reshape(-1)
+
+
+def put_global(mesh: Mesh, tree):
+  """Rows [b, ...] that each process holds (`Split`) -> global arrays [B, ...]."""
+  sharding, shards = batch_sharding(mesh), batch_shards(mesh)
+  held = split(mesh, shards).held.tolist()
+
+  def one(x):
+    x = np.asarray(x)
+    rows = len(x) // len(held)
+    parts = x.reshape(len(held), rows, *x.shape[1:])
+    part_of = dict(zip(held, parts, strict=True))
+    return jax.make_array_from_callback(
+      (rows * shards, *x.shape[1:]),
+      sharding,
+      lambda index: part_of[(index[0].start or 0) // rows],
+    )
+
+  return jax.tree.map(one, tree)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:
-  """This process's rows of a global array whose first axis is the batch."""
+  """Rows that this process holds of an array whose first axis is the batch."""
   if x.is_fully_addressable:
     return np.asarray(x)
   shards = {}
@@ -238,8 +328,15 @@ def local_rows(x: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shards[start]) for start in sorted(shards)])
 
 
+def whole(x: jax.Array) -> np.ndarray:
+  """A global array, the same on all processes."""
+  if x.is_fully_addressable:
+    return np.asarray(x)
+  return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def gather_rows(rows: np.ndarray) -> np.ndarray:
-  """Host rows [b, ...] of every process -> [B, ...], the same on all."""
+  """Rows [b, ...] of every process, as many each -> those of all, in order."""
   if jax.process_count() == 1:
     return rows
   return np.asarray(multihost_utils.process_allgather(rows, tiled=True))

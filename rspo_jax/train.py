@@ -198,8 +198,7 @@ def open_batches(run: Run):
     long_prompts=settings.long_prompts,
     batch_size=settings.rollout.prompts,
     seed=settings.run.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=run.split.held,
   )
   if settings.supervised:
     batches = data.demonstration_batches(

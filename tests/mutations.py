@@ -397,10 +397,26 @@ def _faults():
       (
         "advantages stay where their rows were",
         module,
-        "advantage=advantages.reshape(-1)[rows],",
+        "advantage=advantages.reshape(-1)[places],",
         "advantage=advantages.reshape(-1),",
         tests,
         "equal_rewards_are_dropped",
+      ),
+      (
+        "processes deal kept groups to shards of their own only",
+        module,
+        "    for _, groups, shards in split.blocks:\n",
+        "    for _, groups, shards in split.blocks[:1]:\n",
+        tests,
+        "however_many_processes",
+      ),
+      (
+        "all processes judge what they share",
+        "sharding.py",
+        "      np.array_split(rows, len(who))[who.index(process)]\n",
+        "      rows\n",
+        "test_sharding.py",
+        "one_process_each",
       ),
       (
         "groups that are all wrong count as solved",

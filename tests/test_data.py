@@ -110,16 +110,13 @@ class TestPromptBatches:
     batches = prompts_of(count=6, size=6, shuffle=False)
     assert batches[0].examples == batches[1].examples == examples_of(6)
 
-  @pytest.mark.parametrize("process_count", [2, 3, 6])
-  def test_processes_together_have_the_global_batch(self, process_count):
-    whole = prompts_of()
+  @pytest.mark.parametrize("rows", [[0, 1, 2], [5], [1, 4], [0, 1, 2, 3, 4, 5]])
+  def test_a_process_has_its_rows_of_the_global_batch(self, rows):
+    whole, part = prompts_of(), prompts_of(rows=np.array(rows))
     for step in (0, 7):
-      parts = [
-        prompts_of(process_index=i, process_count=process_count)[step]
-        for i in range(process_count)
-      ]
-      tokens = np.concatenate([part.tokens for part in parts])
-      np.testing.assert_array_equal(tokens, whole[step].tokens)
+      tokens = whole[step].tokens[rows]
+      np.testing.assert_array_equal(part[step].tokens, tokens)
+      assert part[step].examples == [whole[step].examples[i] for i in rows]
 
   def test_more_examples_than_are_checked_in_advance(self, monkeypatch):
     monkeypatch.setattr(data, "_CHECKED_PROMPTS", 5)
@@ -167,9 +164,9 @@ class TestPromptBatches:
   @pytest.mark.parametrize(
     ("options", "message"),
     [
-      ({"size": 5, "process_count": 2}, r"batch size 5.*2 processes"),
       ({"size": 0}, r"batch size 0"),
-      ({"process_index": 2, "process_count": 2}, r"process index 2"),
+      ({"rows": [0, 6]}, r"row 6 must be in 0\.\.5"),
+      ({"rows": [-1]}, r"row -1"),
       ({"seed": -1}, r"seed -1"),
     ],
   )
@@ -217,19 +214,14 @@ class TestDemonstrationBatches:
       np.testing.assert_array_equal(epochs[step], again[step].completion)
     assert any((other[s].completion != epochs[s]).any() for s in range(6))
 
-  @pytest.mark.parametrize("process_count", [2, 3])
-  def test_processes_together_have_the_global_batch(self, process_count):
+  @pytest.mark.parametrize("rows", [[0, 1, 2], [5], [1, 4]])
+  def test_a_process_has_its_rows_of_the_global_batch(self, rows):
     whole = demonstrations_of(corrupt_share=0.5)
+    part = demonstrations_of(corrupt_share=0.5, rows=np.array(rows))
     for step in (0, 7):
-      parts = [
-        demonstrations_of(
-          corrupt_share=0.5, process_index=i, process_count=process_count
-        )[step]
-        for i in range(process_count)
-      ]
       for field in ("tokens", "completion", "corrupt"):
-        together = np.concatenate([getattr(part, field) for part in parts])
-        np.testing.assert_array_equal(together, getattr(whole[step], field))
+        expected = getattr(whole[step], field)[rows]
+        np.testing.assert_array_equal(getattr(part[step], field), expected)
 
   def test_all_or_none_may_be_corrupt(self):
     assert demonstrations_of(corrupt_share=1.0)[0].corrupt.all()

@@ -16,6 +16,7 @@ import pytest
 import tiny_runs
 
 from rspo_jax import data, main, mirror, processes
+from rspo_jax import program as program_lib
 from rspo_jax.checkpoint import Checkpointer
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -34,6 +35,8 @@ def noting(self, examples, texts):
   judged.append([[self.prompt(example) for example in examples], len(texts)])
   return judge(self, examples, texts)
 program.Program.judge = noting
+if "LENIENT" in os.environ:
+  program.Program.judge = tiny_runs.lenient(noting)
 with tiny_runs.quick():
   for argv in json.loads(sys.argv[1]):
     status = main.main(argv)
@@ -186,6 +189,67 @@ def test_a_checkpoint_of_two_processes_is_one_of_one_and_the_other_way(
   assert (begun / "summary.json").exists()
   assert tiny_runs.files(begun / "model") == tiny_runs.files(alone / "model")
   tiny_runs.assert_agrees(begun, alone, steps=2)
+
+
+# Shapes of mesh over two processes. The tests' configs have fsdp alone.
+
+REJECTION = SHORT | {
+  "objective__name": "rft",
+  "objective__skip_equal_groups": True,
+  "rollout__keep_groups": 4,
+}
+SHAPES = {
+  1: {
+    "data": {"data": 2, "fsdp": 1},
+    "tensor": {"tensor": 2},
+    "tensor when sampling": {"rollout_tensor": 2},
+  },
+  2: {
+    "tensor within processes": {"tensor": 2},
+    "tensor over processes": {"tensor": 4},
+    "data, fsdp": {"data": 2},
+  },
+}
+
+
+@pytest.fixture(scope="module")
+def of_one(tiny, tmp_path_factory):
+  """Folders of runs of one process: all groups kept, and some chosen."""
+  folder, judge = tmp_path_factory.mktemp("one"), program_lib.Program.judge
+  with pytest.MonkeyPatch.context() as patch, tiny_runs.quick():
+    patch.setattr(program_lib.Program, "judge", tiny_runs.lenient(judge))
+    assert main.main(tiny(folder / "all", **SHORT)) == 0
+    assert main.main(tiny(folder / "some", **REJECTION)) == 0
+  shares = [
+    row.get("update/kept_share") for row in tiny_runs.rows(folder / "some")
+  ]
+  assert shares == [None, 0.5, 0.5]  # 4 groups of 8
+  return folder / "all", folder / "some"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", sorted(SHAPES))
+def test_two_processes_give_the_run_of_one_on_every_shape_of_mesh(
+  tiny, of_one, tmp_path, devices
+):
+  alone, rejection = of_one
+  runs = {}
+  for shape, axes in SHAPES[devices].items():
+    mesh = {f"mesh__{axis}": size for axis, size in axes.items()}
+    runs[shape] = (alone, SHORT | mesh)
+    if shape in ("data", "tensor"):
+      runs[f"{shape}, rejection"] = (rejection, REJECTION | mesh)
+  argvs = [
+    tiny(tmp_path / shape, **options) for shape, (_, options) in runs.items()
+  ]
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  said, _ = on_hosts(argvs, tmp_path / "disks", XLA_FLAGS=flags, LENIENT="1")
+  for index, (shape, (whole, _)) in enumerate(runs.items()):
+    assert [commands[index][0] for commands in said] == [0, 0], shape
+    tiny_runs.assert_agrees(tmp_path / shape, whole, steps=2)
+    # Each completion is read and judged once.
+    judged = sum(n for commands in said for _, n in commands[index][1])
+    assert judged == 2 * 32 + 4 * 16, shape  # two evaluations, 2 kinds
 
 
 @pytest.mark.slow

@@ -1,5 +1,7 @@
 """From completions to a batch: who is whose, what is kept, what is masked."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rspo_jax import likelihood, objectives, rollout, sampler, train_step
+from rspo_jax import (
+  likelihood,
+  objectives,
+  rollout,
+  sampler,
+  sharding,
+  train_step,
+)
 from rspo_jax.tasks import base
 
 EOS, MASK = 9, 8
@@ -44,14 +53,26 @@ def assemble(rewards, group, **options):
     solved_advantage=options.pop("solved_advantage", 0.0),
     group_size=group,
   )
-  values = {
-    "normalize": False,
-    "skip_equal_groups": False,
-    "scope": "completion",
-    "shards": 1,
-  } | options
+  one = judged(rewards)
+  skip = options.pop("skip_equal_groups", False)
+  advantages = rollout.advantages_of(
+    one.rewards.reshape(-1, group),
+    one.correct.reshape(-1, group),
+    settings,
+    normalize=False,
+    skip_equal_groups=skip,
+    keep_groups=options.pop("keep_groups", 0),
+  )
+  shards = options.pop("shards", 1)
   batch = rollout.assemble(
-    tokens, mask, ended, judged(rewards), settings, **values
+    tokens,
+    mask,
+    ended,
+    advantages,
+    settings,
+    sharding.Split(len(advantages), ((0,),) * shards),
+    skip_equal_groups=skip,
+    **{"scope": "completion"} | options,
   )
   return batch, (tokens, mask, ended)
 
@@ -195,9 +216,154 @@ def test_nothing_moves_where_nothing_is_dropped(shards):
   np.testing.assert_array_equal(batch.row, np.arange(8))
 
 
-def test_rows_of_other_processes_come_before_ours():
-  batch, _ = assemble([1, 0, 0, 1], 2, first_row=12)
-  np.testing.assert_array_equal(batch.row, [12, 13, 14, 15])
+# Several processes.
+
+# For each shard of the batch the processes that hold it.
+SPLITS = {
+  "data": ((0,), (1,)),
+  "data, two devices each": ((0,), (0,), (1,), (1,)),
+  "tensor": ((0, 1),),
+  "tensor over pairs of four": ((0, 1), (0, 1), (2, 3), (2, 3)),
+  "devices of a process apart": ((0,), (1,), (0,), (1,)),
+  "tensor over one and a half": ((0,), (0, 1), (1,), (2,)),
+}
+
+
+def on_processes(monkeypatch, holders, size, fn):
+  """fn(split) of each process in a thread, with a gather between them."""
+  count = 1 + max(map(max, holders))
+  barrier, given, said = threading.Barrier(count, timeout=60), {}, {}
+  here = threading.local()
+
+  def gather(x):
+    given[here.index] = x
+    barrier.wait()
+    out = np.stack([given[index] for index in range(count)])
+    barrier.wait()
+    return out
+
+  def process(index):
+    here.index = index
+    try:
+      said[index] = fn(sharding.Split(size, holders, index))
+    except BaseException as error:
+      barrier.abort()
+      said[index] = error
+
+  with monkeypatch.context() as patch:
+    patch.setattr(jax, "process_count", lambda: count)
+    patch.setattr(sharding.multihost_utils, "process_allgather", gather)
+    threads = [
+      threading.Thread(target=process, args=(index,)) for index in range(count)
+    ]
+    for thread in threads:
+      thread.start()
+    for thread in threads:
+      thread.join()
+  for outcome in said.values():
+    if isinstance(outcome, BaseException):
+      raise outcome
+  return [said[index] for index in range(count)]
+
+
+GROUPS, SIZE = 8, 3
+
+
+def step_of(split, name, options):
+  """(batch, metrics) of one process; of rewards 0, 1/2, 1 of one seed."""
+  rng = np.random.default_rng(4)
+  n = GROUPS * SIZE
+  rewards = rng.integers(0, 3, n) / 2
+  rewards[3:6] = 1  # a group that is all right, one all wrong
+  rewards[12:15] = 0
+  tokens, mask, ended = completions(n)
+  finished = rng.integers(0, 3, (2, n)).astype(np.float32)
+  when = rng.integers(0, 4, ended.shape)
+  held = sharding.repeated(split.held, SIZE)
+  own = held[sharding.repeated(split.own, SIZE)]
+  settings = objectives.ObjectiveSettings(
+    name=name,
+    lambda_=0.5,
+    group_size=SIZE,
+    solved_advantage=options.get("solved_advantage", 0.0),
+  )
+  outcomes = rollout.gather(
+    split, judged(rewards[own]), ended[own], ended[own].all(1), SIZE
+  )
+  extra = None
+  if objectives.OBJECTIVES[name].finishes:
+    extra = rollout.gather_finished(split, finished[:, own], SIZE)
+  skip = options.get("skip_equal_groups", False)
+  advantages = rollout.advantages_of(
+    outcomes.rewards,
+    outcomes.correct,
+    settings,
+    normalize=options.get("normalize", False),
+    skip_equal_groups=skip,
+    keep_groups=options.get("keep_groups", 0),
+    finished=extra,
+  )
+  batch = rollout.assemble(
+    tokens[held],
+    mask[held],
+    ended[held],
+    advantages,
+    settings,
+    split,
+    skip_equal_groups=skip,
+    scope="completion",
+    commit_step=when[held],
+    lambda_=options.get("lambda_"),
+  )
+  return batch, rollout.metrics(outcomes)
+
+
+@pytest.mark.parametrize("shape", SPLITS)
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"normalize": True},
+    {"skip_equal_groups": True},
+    {"skip_equal_groups": True, "keep_groups": 3},
+    {"skip_equal_groups": True, "keep_groups": 4, "solved_advantage": 0.5},
+    {"skip_equal_groups": True, "lambda_": 0.25},
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize("name", objectives.OBJECTIVES)
+def test_a_step_is_the_same_on_however_many_processes(
+  monkeypatch, name, options, shape
+):
+  holders = SPLITS[shape]
+  alone, metrics = step_of(sharding.Split(GROUPS, ((0,),)), name, options)
+  order = np.argsort(alone.row)
+  shards = {}
+  for index, (batch, seen) in enumerate(
+    on_processes(
+      monkeypatch, holders, GROUPS, lambda s: step_of(s, name, options)
+    )
+  ):
+    assert seen == metrics
+    mine = [i for i, each in enumerate(holders) if index in each]
+    assert len(batch.row) == len(mine) * GROUPS * SIZE // len(holders)
+    # Every sequence is what it is on one process, wherever it was put.
+    for field in vars(alone):
+      whole, part = getattr(alone, field), getattr(batch, field)
+      assert (whole is None) == (part is None)
+      if whole is not None:
+        np.testing.assert_array_equal(part, whole[order][batch.row])
+    for shard, rows, keep in zip(
+      mine,
+      batch.row.reshape(len(mine), -1),
+      batch.keep.reshape(len(mine), -1),
+      strict=True,
+    ):
+      assert (np.diff(keep) <= 0).all()
+      # Who has a shard has the same rows of it.
+      assert shards.setdefault(shard, rows.tolist()) == rows.tolist()
+  there = [row for rows in shards.values() for row in rows]
+  assert sorted(there) == list(range(GROUPS * SIZE))
 
 
 @given(st.data())

@@ -5,11 +5,14 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from rspo_jax import sharding
@@ -68,6 +71,53 @@ def test_rows_come_back_from_the_devices():
   for name, value in rows.items():
     np.testing.assert_array_equal(sharding.local_rows(there[name]), value)
   assert sharding.batch_shards(mesh) == jax.device_count()
+
+
+@given(st.data())
+def test_every_row_is_judged_by_one_process_each(data):
+  processes = data.draw(st.sampled_from([1, 2, 3, 4]))
+  devices = processes * data.draw(st.sampled_from([1, 2, 3]))
+  ways = [n for n in range(1, devices + 1) if devices % n == 0]
+  tensor = data.draw(st.sampled_from(ways))
+  order = np.arange(devices) % processes
+  if data.draw(st.booleans()):
+    order = np.sort(order)
+  holders = tuple(
+    tuple(sorted(set(each))) for each in order.reshape(-1, tensor).tolist()
+  )
+  rows = data.draw(st.integers(1, 5))
+  size = rows * len(holders)
+  judged = []
+  for process in range(processes):
+    split = sharding.Split(size, holders, process)
+    # What it holds are the rows of its shards.
+    assert split.held.tolist() == [
+      row for row in range(size) if process in holders[row // rows]
+    ]
+    assert split.held[split.own].tolist() == split.own_of(process).tolist()
+    judged.extend(split.own_of(process).tolist())
+    if len(holders) % processes == 0 and (np.diff(order) >= 0).all():
+      share = size // processes
+      assert split.held.tolist() == list(
+        range(process * share, (process + 1) * share)
+      )
+  assert sorted(judged) == list(range(size))
+
+
+def test_processes_of_a_mesh_share_the_shards_that_tensor_splits():
+  process = lambda i: types.SimpleNamespace(process_index=i)  # noqa: E731
+  for shape, owners, holders in (
+    ((1, 2, 1), [0, 1], ((0,), (1,))),
+    ((1, 1, 2), [0, 1], ((0, 1),)),
+    ((2, 1, 2), [0, 0, 1, 1], ((0,), (1,))),
+    ((1, 2, 2), [0, 1, 0, 1], ((0, 1), (0, 1))),
+    ((1, 4, 1), [0, 1, 0, 1], ((0,), (1,), (0,), (1,))),
+  ):
+    mesh = types.SimpleNamespace(
+      devices=np.array([process(i) for i in owners]).reshape(shape),
+      shape=dict(zip(sharding.AXES, shape, strict=True)),
+    )
+    assert sharding.split(mesh, 8).holders == holders
 
 
 def test_one_process_gathers_its_own_rows():
