@@ -106,12 +106,12 @@ def quick():
 
 
 def lenient(judge):
-  """A judge to whom a third of a puzzle is right: the model solves none."""
+  """A judge to whom a right cell is enough: the model solves no puzzle."""
 
   def judging(self, examples, texts):
     judged = judge(self, examples, texts)
     verdicts = [
-      dataclasses.replace(verdict, correct=verdict.reward > 1 / 3)
+      dataclasses.replace(verdict, correct=verdict.reward > 0)
       for verdict in judged.verdicts
     ]
     return dataclasses.replace(judged, verdicts=verdicts)
