@@ -139,6 +139,23 @@ class TestPromptBatches:
     ):
       prompts_of(count=18, prompt_length=10)
 
+  def test_the_longest_are_found_without_making_every_prompt(self, monkeypatch):
+    monkeypatch.setattr(data, "_CHECKED_PROMPTS", 5)
+    made = []
+
+    def through_a_template(example):
+      made.append(example)
+      return f"<{prompt(example)}>"
+
+    data.Prompts(
+      examples_of(18), through_a_template, encode, 13, PAD, user_text=prompt
+    )
+    assert len(made) == 5
+    with pytest.raises(data.DataError, match="least 13"):
+      data.Prompts(
+        examples_of(18), through_a_template, encode, 12, PAD, user_text=prompt
+      )
+
   @pytest.mark.parametrize("checked", [5, 1000])
   def test_the_tail_of_a_long_prompt_is_kept_and_counted(
     self, monkeypatch, checked

@@ -25,7 +25,6 @@ from rspo_jax.models.families import CheckpointError
 
 MAX_BYTES = 256 << 20  # of a file other than weights; the largest have 40 MiB
 
-
 _LIMITS = workers.Limits(time_s=5.0, memory_bytes=512 << 20)
 
 
