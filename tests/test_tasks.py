@@ -632,6 +632,194 @@ class TestGsm8k:
       TASKS["gsm8k"].load("test", settings)
 
 
+# (gold answer, answer): what mathematics says of them, by hand.
+SAME = [
+  ("28", "28."), ("28", "$28.$"), ("28", r"\(28\)."), ("28", "**28**"),
+  ("28", r"28\,."), ("28", "= 28"), ("2^{-99}", r"\frac{1}{2^{99}}"),
+  ("2^{-99}", "0.5^{99}"), ("1/2004!", r"\frac{2005}{2005!}"),
+  ("(2^{-99},1)", "(2^{-99},1.0)"), ("0.0000001", "10^{-7}"),
+  (".0000672", r"6.72 \times 10^{-5}"), (r"\frac{1}{3}", "0.333333"),
+  (r"\frac{1}{3}", r"0.\overline{3}"), (r"\pi", "3.14159"),
+  ("0.3", "0.30000000000000004"), (r"\sqrt{2}", "1.4142135623730951"),
+  ("52_8", "52_{8}"), ("52_8", r"52_{\text{eight}}"), ("52_8", "52₈"),
+  ("52_8", "52"), ("52_8", r"52\text{ base }8"), ("42", "52_8"),
+  ("1A_{16}", "1A_{16}."), (r"1, 2, \ldots, n", r"1,2,\dots,n"),
+  (r"1, 2, \ldots, n", "1, 2, 3, ..., n"), (r"1, 2, \ldots, n", "1,2,…,n."),
+  (r"1+2+\cdots+n", r"1 + 2 + \dots + n"), (r"2\sqrt5", "2√5"),
+  (r"\frac{\sqrt{21}}{5}", "√21/5"), (r"\frac{3\sqrt{3}}{4}", "(3√3)/4"),
+  (r"(-\infty, 2) \cup (3, \infty)", "(−∞, 2) ∪ (3, ∞)"), ("3R^2", "3R²"),
+  (r"1 \pm \sqrt{19}", "1 ± √19"), (r"\{1\pm\sqrt{5},-2\}", "{1±√5, −2}"),
+  ("x^5 - x^4 + x^3 - x^2 + x - 1", "x⁵ − x⁴ + x³ − x² + x − 1"),
+  (r"\left[ \frac{\pi^2}{8}, \frac{5 \pi^2}{4} \right]", "[π²/8, 5π²/4]"),
+  (r"\frac{1}{2}", "½"), (r"137 \frac{1}{2}", "137½"), (r"120^\circ", "120°"),
+  (r"-\frac{\pi}{6}", "−π/6"), (r"x \in [-2,7]", "x ∈ [−2, 7]"),
+  (r"x \in [-2,7]", "−2 ≤ x ≤ 7"), (r"7! \times 2!", "7!×2!"),
+  ("2^{-3}", "2⁻³"), (r"\sqrt[3]{2}", "∛2"), (r"\text{June 20}", "June 20"),
+  ("east", "east"), (r"\text{east}", "east"), (r"\text{east}", "East."),
+  (r"\text{Evelyn}", r"\textbf{Evelyn}"), (r"\text{ellipse}", "an ellipse"),
+  (r"\text{(C)}", "C"), (r"\text{(C)}", "(C)"),
+  (r"\text{(C)}", r"\textbf{(C)}"), ("ab", "ba"), ("abc", "cab"),
+  (r"5.4 \text{ cents}", "5.4"), (r"(-\infty,3)", "x<3"),
+  ("x<3", r"(-\infty,3)"), ("(2,4)", "2<x<4"), ("[2,4]", r"2 \le x \le 4"),
+  (r"(5,\infty)", "x > 5"), (r"(5,\infty)", "5 < x"),
+  (r"(-\infty, 2) \cup (3, \infty)", r"x<2 \text{ or } x>3"),
+  (r"-2\le x\le 7", r"7\ge x\ge -2"), (r"(-\infty,3)", r"\{x \mid x<3\}"),
+  ("(3,4]", "3 < x ≤ 4"),
+  ("3, 5, 7", r"The roots are \boxed{3}, \boxed{5}, \boxed{7}"),
+  ("3, 5, 7", r"$\boxed{3}$, $\boxed{5}$ and $\boxed{7}$."),
+  ("3, 5, 7", r"\boxed{3}, \boxed{5}, and \boxed{7}"),
+  ("7", r"first \boxed{3}. Then \boxed{7}"),
+  ("7", r"\boxed{7} or \boxed{7.0}"),
+  ("-2,1", r"\boxed{1} \text{ and } \boxed{-2}"), (r"\$18.90", "18.9"),
+  ("58,500", "58500."), (r"50\%", "0.5"), (r"12.5\%", "12.5"),
+  (r"12.5\%", "0.125"), (r"\cot x", "cot x"),
+  (r"\frac{3}{4}", r"\frac{3}{4}."), ("x=5", "x = 5."), ("(2,4)", "(2, 4)."),
+  (r"\text{east}", r"\text{east}."), (r"\text{east}", r"\text{east.}"),
+  (r"\$36", r"\$36."), (r"90^\circ", r"90^\circ."), (r"12\pi", r"12\pi;"),
+  ("28", '"28"'), ("28", "28。"), ("28", r"\boxed{28.}"),
+  (r"\frac{\sqrt{3}}{3}", r"\sqrt{3}/3,"), ("28", "28.0."),
+  (r"\sqrt{2}+\sqrt{3}", r"\sqrt{5+2\sqrt{6}}"), ("10^{-20}", "1/10^{20}"),
+  ("(0.5, 2)", r"(\frac12, 2)"), (r"\frac{2}{3}", "0.666667"),
+  (r"\sqrt{51}", "7.14142842854285"), (r"\sqrt{51}", "7.141428"),
+  (r"\frac{20000}{\pi}", "6366.1977"), ("204_5", "204_{(5)}"),
+  ("204_5", "(204)_5"), ("204_5", "x = 204_5"),
+  ("204_5", r"204_{\text{five}}"), ("204_5", r"204\ (\text{base }5)"),
+  ("101_2, 110_2", "110_2, 101_2"), ("52_8", "052_8"), (r"\log_2 8", "3"),
+  (r"2,4,6,\ldots", "2, 4, 6, ..."),
+  (r"1,2,4,\ldots,2^n", r"1,2,4,\dots,2^{n}"),
+  (r"\{1, 2, \ldots, n\}", "{1,2,…,n}"), (r"-\frac{35}{9}", "−35/9"),
+  (r"-\frac{35}{9}", "−35∕9"),
+  ("5x - 7y + 11z + 4 = 0", "5x − 7y + 11z + 4 = 0"),
+  ("8n^2 + 4n + 1", "8n² + 4n + 1"), (r"11 \sqrt{5} + 11", "11√5 + 11"),
+  (r"11 \sqrt{5} + 11", "11√(5) + 11"), (r"\sqrt{x+1}", "√(x+1)"),
+  (r"3 \pm 2 \sqrt{2}", "3±2√2"), (r"x\ne 2", "x≠2"), (r"x \ge 5", "x≥5"),
+  (r"\alpha+\beta", "α+β"), (r"\frac{1}{x^2}", "x⁻²"), (r"\theta", "θ"),
+  (r"15\mbox{ cm}^2", "15 cm²"), (r"864 \mbox{ inches}^2", "864 in²"),
+  (r"\frac{270}7\text{ degrees}", "270/7°"), ("6 - 5i", "6−5i"),
+  (r"\begin{pmatrix} -2 \\ -14 \\ -7 \end{pmatrix}", r"\begin{pmatrix} −2 \\ −14 \\ −7 \end{pmatrix}"),
+  ("10^{6}", "10⁶"), ("2^{10}", "2¹⁰"), ("x^{n+1}", "xⁿ⁺¹"),
+  (r"\text{Yes}", "yes"), (r"\text{odd}", r"\mathrm{odd}"),
+  (r"\text{Friday}", r"\text{Friday}."), (r"\text{10 hours}", "10"),
+  (r"\text{ellipse}", r"\text{Ellipse}"), (r"\text{neither}", "Neither."),
+  ("xy", "yx"), ("pqr", "rqp"), ("mn", "nm"), (r"\text{(B)}", r"\text{B}"),
+  (r"\text{(B)}", r"\mathbf{B}"), (r"\text{(B)}", "(B)."), ("3", r"\text{3}"),
+  ("(-2,1)", "-2<x<1"), (r"(-\infty, 0]", r"x \le 0"),
+  (r"(-\infty, 0]", "x ≤ 0."), (r"(-\infty, 0]", r"0 \ge x"),
+  (r"(2,\infty)", "2<x"), (r"[0,\infty)", r"x\geq 0"), ("x>2", r"(2,\infty)"),
+  ("x>2", r"x \in (2,\infty)"), (r"(0,9) \cup (9,36)", r"x\in(0,9)\cup(9,36)"),
+  (r"(2,12) \cup (12,102)", r"2<x<12 \text{ or } 12<x<102"),
+  (r"x<2 \text{ or } x>3", r"(-\infty, 2) \cup (3, \infty)"),
+  ("(2,3)", r"x>2 \text{ and } x<3"),
+  (r"\left(\frac{3}{5},\frac{8}{3}\right]", r"\frac{3}{5} < x \le \frac{8}{3}"),
+  (r"(-\sqrt{3}, \sqrt{3})", r"-\sqrt{3} < x < \sqrt{3}"),
+  (r"(-\sqrt{3}, \sqrt{3})", "−√3 < x < √3"), ("(8,-2)", "(8,-2)"),
+  ("(8,-2)", "8,-2"), ("1,-2", r"\boxed{1} and \boxed{-2}"),
+  ("1,-2", r"\(\boxed{1}\), \(\boxed{-2}\)"),
+  ("1,-2", r"<answer>\boxed{1}, \boxed{-2}</answer>"),
+  ("1,-2", r"x=\boxed{1}\text{ or }\boxed{-2}"),
+  ("5", r"\boxed{4}, so \boxed{5}"),
+  (r"\frac{1}{2}", r"\boxed{\frac12}, \boxed{0.5}"),
+  ("2, 3", r"\boxed{\frac{4}{2}}, and $\boxed{3}$"),
+  (r"\{1\pm\sqrt{5},-2\}", r"\boxed{1+\sqrt5}, \boxed{1-\sqrt5}, \boxed{-2}"),
+  (r"137 \frac{1}{2}", "137.5"), (r"11,\! 111,\! 111,\! 100", "11111111100"),
+  (r"11,\! 111,\! 111,\! 100", "11{,}111{,}111{,}100"), ("3.21", "321/100"),
+  ("4.5", r"4\frac12"), ("p - q", "-q+p"),
+  (r"\frac{11+9a}{20}", r"\frac{9a+11}{20}"), ("2k+2", "2(k+1)"),
+  ("x^3+3x-6", "x^3+3x-6.0"), ("33", "c = 33"), ("5", r"5\text{ apples}"),
+  (r"\frac{\pi}{2}", "1.5707963"),
+  (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{pmatrix} 0.2 \\ -3.6 \end{pmatrix}"),
+  (r"5.4 \text{ cents}", "5.4 cents"), (r"12 \text{ m/s}^2", "12 m/s²"),
+]  # fmt: skip
+DIFFERENT = [
+  ("28", "2.8."), ("28", "28.5."), ("28", "28!"), ("2^{-99}", "2^{-98}"),
+  ("1/2004!", "1/2006!"), ("2^{-99}x", "2^{-98}x"),
+  ("(2^{-99},1)", "(2^{-98},1)"), (r"\pi+10^{-20}", r"\pi"),
+  (r"\sqrt{2}\cdot 10^{-30}", r"\sqrt{3}\cdot 10^{-30}"),
+  (r"\begin{pmatrix} 2^{-60} \\ 1 \end{pmatrix}", r"\begin{pmatrix} 2^{-61} \\ 1 \end{pmatrix}"),
+  ("10^{20}", "10^{20}+1"), ("0.0000001", "0.0000004"),
+  (".0000672", "0.0000673"), (r"\frac{1}{3}", "0.33"),
+  (r"\frac{1}{3}", "0.33333"), (r"\pi", "3.14"), ("1234567.25", "1234567"),
+  ("1234567", "1234567.4"), ("52_8", "52_9"), ("52_8", "42"), ("52_8", "53_8"),
+  ("4210_{5}", "4210_6"), ("52_8", "52 base 9"), ("52", "52_8"),
+  ("1A_{16}", "1A_{12}"), (r"1, 2, \ldots, n", r"1, 3, 5, \ldots, 2n-1"),
+  (r"1, 2, \ldots, n", "1,2,n"), (r"1, 2, \ldots, n", r"1,2,\ldots,n+1"),
+  (r"1, 2, \ldots, n", r"1,2,4,\ldots,n"), (r"1+2+\cdots+n", r"1+3+\cdots+n"),
+  (r"2\sqrt5", "2√6"), (r"(-\infty, 2) \cup (3, \infty)", "(−∞, 2) ∪ (4, ∞)"),
+  ("3R^2", "3R³"), (r"120^\circ", "60°"), (r"\text{June 20}", "June 21"),
+  (r"\text{June 20}", "20"), ("east", "seat"), (r"\text{east}", "seat"),
+  (r"\text{east}", r"\text{west}"), (r"\text{(C)}", "B"), ("abc", "abd"),
+  (r"(-\infty,3)", r"x\le 3"), ("[2,4]", r"2 < x \le 4"),
+  (r"(-\infty, 2) \cup (3, \infty)", "x<2 or x>4"), ("x<3", "y<3"),
+  ("3, 5, 7", r"\boxed{3}, \boxed{5}"),
+  ("7", r"\boxed{3}, \boxed{5}, \boxed{7}"), (r"12.5\%", "1.25"),
+  ("x^2-1", "(x-1)(x-1)"), ("28", "2.8.0"), (r"\pi", r"\frac{22}{7}"),
+  (r"\sqrt{2}", r"\frac{99}{70}"), ("e^{-50}", "e^{-51}"), ("e^{-50}", "0"),
+  ("10^{-20}", "0"), (r"\frac{1}{3^{40}}", r"\frac{1}{3^{41}}"),
+  ("[2^{-60}, 1]", "[2^{-61}, 1]"), (r"\{10^{-18}, 1\}", r"\{10^{-19}, 1\}"),
+  ("y = 2^{-60}x", "y = 2^{-61}x"), ("x=2^{-60}", "x=2^{-61}"),
+  ("10^{-20}i", r"2\cdot 10^{-20}i"), ("x^2+10^{-20}", "x^2"),
+  ("0.00000012", "0.00000013"), ("1.0000001", "1.0000002"),
+  ("(0.0000001, 2)", "(0.0000002, 2)"), (r"\frac{2}{3}", "0.6667"),
+  ("100000", "100000.4"), (r"\sqrt{51}", "7.14"), ("204_5", "204_{6}"),
+  ("204_5", "54_{10}"), ("204_5", r"204_{\text{six}}"), ("204_5", "205_{5}"),
+  ("2516_8", "2516₉"), ("101_2, 110_2", "101_2, 110_3"), ("52_8", "52_a"),
+  ("a_1", "a_2"), (r"\log_2 9", r"\log_3 9"),
+  (r"2,4,6,\ldots", r"2,4,8,\ldots"), (r"2,4,6,\ldots", "2,4,6"),
+  ("2,4,6", r"2,4,6,\ldots"), (r"1,2,4,\ldots,2^n", r"1,2,4,\ldots,2^{n+1}"),
+  (r"\{1, 2, \ldots, n\}", r"\{1,2,\ldots,2n\}"),
+  (r"1\cdot 2\cdots n", r"1\cdot 3\cdots n"),
+  (r"11 \sqrt{5} + 11", "11√(5 + 11)"), (r"\sqrt{x+1}", "√x+1"),
+  (r"x \ge 5", "x>5"), ("2^{10}", "2¹¹"), (r"\text{No}", "yes"),
+  (r"\text{even}", "neve"), ("north", "thorn"), (r"\text{Friday}", "Saturday"),
+  (r"\text{(B)}", r"\text{(E)}"), ("3", r"\text{three}"),
+  ("(-2,1)", r"-2\le x<1"), ("x>2", r"[2,\infty)"),
+  (r"(-\sqrt{3}, \sqrt{3})", r"x < \sqrt{3}"), ("5", "x<5"),
+  ("1,-2", r"\boxed{1}; \boxed{2}"), ("-2", r"\boxed{1} and \boxed{-2}"),
+  ("2k", "k"),
+  (r"\begin{pmatrix} 1/5 \\ -18/5 \end{pmatrix}", r"\begin{pmatrix} 0.2 \\ -3.5 \end{pmatrix}"),
+  (r"15\mbox{ cm}^2", "16 cm²"), (r"15\mbox{ cm}^2", "15x"),
+  (r"5.4 \text{ cents}", "5.5 cents"),
+]  # fmt: skip
+
+
+def judged_as(pairs, verdict):
+  """Those of (gold answer, answer) pairs whose verdict is another one."""
+  found = TASKS["math500"].judge(
+    [
+      (
+        {"ground_truth": gold},
+        answer if "boxed" in answer else f"<answer>{answer}</answer>",
+      )
+      for gold, answer in pairs
+    ]
+  )
+  assert not [v for v in found if v.reason.startswith(base.NO_VERDICT)]
+  return [
+    pair
+    for pair, each in zip(pairs, found, strict=True)
+    if each.correct != verdict
+  ]
+
+
+UNICODE = {
+  "\\pi": "π", "\\infty": "∞", "\\cup": "∪", "\\pm": "±", "\\in": "∈",
+  "^\\circ": "°", "\\le": "≤", "\\left": "", "\\right": "", "\\cdot": "⋅",
+  "\\times": "×", "\\{": "{", "\\}": "}", "-": "−", "^2": "²", "^3": "³",
+  "^4": "⁴", "^5": "⁵", "^6": "⁶", "^7": "⁷", "^8": "⁸", "_5": "₅", "_6": "₆",
+  "_8": "₈", "_9": "₉", "_{5}": "₅",
+}  # fmt: skip
+
+
+def in_unicode(text):
+  """An answer as it is typed without LaTeX, None where that has no way."""
+  text = re.sub(r"\\sqrt\{([0-9]+)\}", r"√\1", text)
+  text = re.sub(r"\\sqrt([0-9])", r"√\1", text)
+  text = re.sub(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}", r"\1/\2", text)
+  for latex, sign in sorted(UNICODE.items(), key=lambda pair: -len(pair[0])):
+    text = re.sub(re.escape(latex) + r"(?![a-z])", sign, text)
+  return None if "\\" in text or text.isascii() else text
+
+
 class TestMath500:
   @pytest.mark.parametrize(
     "completion",
@@ -694,6 +882,28 @@ class TestMath500:
   )  # fmt: skip
   def test_what_can_be_written_down_is_compared(self, answer):
     assert not math500_module.explodes(answer)
+
+  def test_what_is_the_same_is_right(self):
+    assert judged_as(SAME, True) == []
+
+  def test_what_is_another_thing_is_wrong(self):
+    assert judged_as(DIFFERENT, False) == []
+
+  def test_every_published_answer_may_end_in_a_full_stop(self, shared):
+    rows = rows_of(shared / "data/math500_rebuilt.jsonl")
+    golds = sorted({row["answer"] for row in rows})
+    pairs = [(gold, f"{gold}.") for gold in golds]
+    pairs += [(gold, f"$ {gold} $,") for gold in golds]
+    assert judged_as(pairs, True) == []
+
+  def test_every_published_answer_may_be_in_unicode(self, shared):
+    rows = rows_of(shared / "data/math500_rebuilt.jsonl")
+    golds = sorted({row["answer"] for row in rows})
+    pairs = [(gold, in_unicode(gold)) for gold in golds if in_unicode(gold)]
+    assert len(pairs) > 80
+    assert judged_as(pairs, True) == []
+    others = [(gold, f"{answer}+3") for gold, answer in pairs]
+    assert judged_as(others, False) == []
 
   def test_what_math_verify_decides(self):
     pairs = {

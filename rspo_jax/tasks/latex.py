@@ -98,8 +98,10 @@ _TEXT = re.compile(WRAPPER + r"\{([^{}]*)\}")
 _EMPTY_TEXT = re.compile(WRAPPER + r"\{([^{}A-Za-z\\]*)\}")
 _AROUND = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"),
            ("**", "**"), ("*", "*"), ("`", "`"), ('"', '"'))  # fmt: skip
-_STOPS = (".", ",", ";", ":", "~")
+_OPENINGS = tuple({opening[0] for opening, _ in _AROUND})
+_STOPS = (".", ",", ";", ":", "~", "\\")
 _LATEX_SPACES = ("\\,", "\\;", "\\:", "\\!", "\\ ", "\\.", "\\\\", "\\quad")
+_STARTS = ("=", ":", "\\", "~")
 _LEADING = re.compile(r"\A(?:\s|[=:]|\\[,;:! ]|~)+")
 
 
@@ -114,12 +116,16 @@ def plain(text: str) -> str:
   """
   if not text.isascii():
     text = _RAISED.sub(_script, text).translate(_SIGNS)
-  text = _ASCII_ROOT.sub("\u221a", text)
-  if any(root in text for root in _ROOTS):
+  if "sqrt" in text:
+    text = _ASCII_ROOT.sub("\u221a", text)
+  if not text.isascii():
     text = _write_roots(text)
-  text = _EMPTY_TEXT.sub(r"\1", text)
-  text = _COMPARED.sub(lambda match: _COMPARISONS[match[0]], text)
-  text = _PERCENT.sub(r"\\%", text)
+  if "\\" in text:
+    text = _EMPTY_TEXT.sub(r"\1", text)
+  if "=" in text:
+    text = _COMPARED.sub(lambda match: _COMPARISONS[match[0]], text)
+  if "%" in text:
+    text = _PERCENT.sub(r"\\%", text)
   text = _NAMED.sub(lambda m: f"\\{m[1]} " if m[1] else "\\infty ", text)
   return _bare(" ".join(text.split()))
 
@@ -138,12 +144,14 @@ def _bare(text: str) -> str:
   """Takes off what stands around an answer: blanks, stops, dollars, quotes."""
   while True:
     before = text
-    text = _LEADING.sub("", text.rstrip(), 1)
+    text = text.strip()
+    if text.startswith(_STARTS):
+      text = _LEADING.sub("", text, 1)
     if text.endswith(_LATEX_SPACES):
       text = text[: text.rindex("\\", 0, -1)]
     elif text.endswith(_STOPS) and not text.endswith("..."):
       text = text[:-1]
-    for opening, closing in _AROUND:
+    for opening, closing in _AROUND if text[:1] in _OPENINGS else ():
       inside = text[len(opening) : len(text) - len(closing)]
       if (
         len(text) > len(opening) + len(closing)
@@ -258,18 +266,20 @@ def number(text: str) -> Number | None:
       a power of ten; a dollar sign, a percent sign, degrees.
   """
   sign = _SIGN.match(text)
-  unit = _UNIT.search(text, sign.end())
-  body = text[sign.end() : unit.start()]
+  body, unit = text[sign.end() :], None
+  if not body[-1:].isdigit() and (unit := _UNIT.search(body)):
+    body = body[: unit.start()]
   if not body or (sign[1] and sign[2]):
     return None
   found = _decimal(body) or _fraction(body)
   if found is None:
     return None
   negative = "-" in (sign[1], sign[2])
-  return dataclasses.replace(
-    found,
-    value=-found.value if negative else found.value,
-    percent=unit[1] is not None,
+  return Number(
+    -found.value if negative else found.value,
+    found.places,
+    found.shown,
+    unit is not None and unit[1] is not None,
   )
 
 
