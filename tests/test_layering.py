@@ -61,6 +61,7 @@ LEVELS = {
   "rspo_jax.chat_templates": 1,
   "rspo_jax.tokenizer": 1,
   "rspo_jax.tasks.prompts": 1,
+  "rspo_jax.tasks.latex": 1,
   "rspo_jax.tasks.symbolic": 1,
   "rspo_jax.tasks.d1": 1,
   "rspo_jax.tasks.countdown": 1,
