@@ -173,7 +173,7 @@ def test_values_that_cannot_be_together_are_refused(
 # Words of a command that are wrong, and what the message names.
 BAD_WORDS = [
   (["--config.rollout.promts=3"], ("--config.rollout.prompts?",)),
-  (["--config.rolout.prompts=3"], ("--config.rollout.prompts?",)),
+  (["--config.rolout.prompts=3"], ("--config.rollout.prompts or",)),
   (["--config.group_size=3"], ("--config.rollout.group_size?",)),
   (["--rollout.prompts=3"], ("--config.rollout.prompts?",)),
   (["--config.rollout=3"], ("group", "rollout.temperature")),
