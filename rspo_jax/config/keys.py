@@ -137,7 +137,8 @@ def check_names(group: Any, prefix: str = "") -> None:
     ValueError: names key, value and what there is.
   """
   for name, field, value in walk(group, prefix):
-    if field.metadata["table"] and value:
+    # Only a key that is empty by default may name nothing.
+    if field.metadata["table"] and (value or field.default):
       module, _, table = field.metadata["table"].partition(":")
       module = importlib.import_module(f"rspo_jax.{module}")
       one_of(name, value, getattr(module, table))

@@ -334,3 +334,11 @@ def test_runs_of_the_study_cost_the_same(name):
       assert tuple(entry.seeds) == runs[name].seeds
       assert len(entry.seeds) >= 3 and not seeds & set(entry.seeds)
       assert entry.overrides["eval.split"] == "test"
+
+
+def test_only_a_key_that_is_empty_by_default_may_name_nothing():
+  values = keys.plain(schema.Config())
+  keys.check_names(keys.typed(values, schema.Config))  # model.published is ""
+  values["objective"]["name"] = ""
+  with pytest.raises(ValueError, match=r"objective\.name='' is not known"):
+    keys.check_names(keys.typed(values, schema.Config))
