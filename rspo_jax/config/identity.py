@@ -11,11 +11,13 @@ import stat
 import tempfile
 from typing import Any
 
-from rspo_jax.config import keys, schema
+from rspo_jax.config import keys, names, schema
 from rspo_jax.storage import mirror
 
 CONFIG = "config.json"
 SUMMARY = "summary.json"
+# A group whose keys depend on the task: any name, checked when it is known.
+OPEN_GROUP = "task.reward_weights."
 
 
 def flat(config: dict, prefix: str = "") -> dict[str, Any]:
@@ -199,11 +201,17 @@ def changed_keys(old: dict, new: dict) -> list[str]:
   before, after = flat(old), flat(new)
   # Keys that have come since the run began stood at their defaults then.
   before |= {k: v for k, v in defaults().items() if k in after.keys() - before}
-  return [
-    f"{key}={after.get(key)!r} (was {before.get(key)!r})"
-    for key in sorted(before.keys() | after.keys())
-    if key not in schema.FREE_KEYS and before.get(key) != after.get(key)
-  ]
+  changed = []
+  for key in sorted(before.keys() | after.keys()):
+    if key in schema.FREE_KEYS or before.get(key) == after.get(key):
+      continue
+    if key in before and key not in after and not key.startswith(OPEN_GROUP):
+      near = names.nearest(key, after)[:1]
+      now = f"; it may be {near[0]} now" if near else ""
+      changed.append(f"{key} (was {before[key]!r}) is no key any more{now}")
+    else:
+      changed.append(f"{key}={after.get(key)!r} (was {before.get(key)!r})")
+  return changed
 
 
 def check_same_run(old: dict, new: dict, workdir: str) -> None:

@@ -38,8 +38,6 @@ def _installed() -> pathlib.Path:
 
 INSTALLED = _installed()
 
-# A group whose keys depend on the task: any name, checked when it is known.
-_OPEN_GROUP = "task.reward_weights."
 
 CONFIG = Option(
   "--config=FILE[:ARG,...]",
@@ -143,7 +141,7 @@ def load_config(text: str) -> ml_collections.ConfigDict:
       )
     del keys[key]
   for key in keys:
-    if not key.startswith(_OPEN_GROUP):
+    if not key.startswith(identity.OPEN_GROUP):
       raise ValueError(
         f"--config={path} sets {key}, which is not a key of "
         "rspo_jax/config/schema.py."
@@ -175,7 +173,7 @@ def override(config, key: str, text: str) -> None:
     ValueError: the key does not exist, or the text is not of its type.
   """
   values = identity.flat(config.to_dict())
-  if key.startswith(_OPEN_GROUP) and key not in values:
+  if key.startswith(identity.OPEN_GROUP) and key not in values:
     values[key] = 0.0
   if key not in values:
     inside = [k for k in values if k.startswith(f"{key}.")]

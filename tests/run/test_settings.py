@@ -255,6 +255,15 @@ def test_keys_that_change_a_run_are_named():
   assert "DIR" in str(error.value)
 
 
+def test_a_key_that_moved_since_the_run_began_is_said_with_its_place():
+  old = as_dict()
+  old["objective"]["bound_mix"] = 0.5
+  with pytest.raises(ValueError) as error:
+    identity.check_same_run(old, as_dict(), "DIR")
+  said = "objective.bound_mix (was 0.5) is no key any more; it may be "
+  assert said + "objective.spg.bound_mix now" in str(error.value)
+
+
 @pytest.mark.parametrize("key", sorted(schema.FREE_KEYS))
 def test_keys_that_do_not_change_a_run_exist_and_may_change(key):
   config = as_dict()
