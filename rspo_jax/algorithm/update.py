@@ -186,8 +186,7 @@ def make_update(
 
   Args:
     logprob_fn, mask_id: score the policy (likelihood.score).
-    optimizer, learning_rate: of `make_optimizer` and `schedule`.
-    settings, mask_settings, objective, plan: of the step.
+    optimizer, learning_rate, settings, mask_settings, objective, plan: the run's.
     join: (state.params, frozen, state.reference) -> what `logprob_fn` takes;
       None: state.params.
     pair_fn: `logprob_fn` of both streams, where the reference is scored inside.
@@ -220,14 +219,15 @@ def make_update(
         params = join(params, frozen, state.reference)
       return scores_fn(params, *piece)
 
-    piece_loss, extra = _piece_loss(
+    piece_loss, more = _piece_loss(
       plan, loss_of, scores_of, (batch, masks, policy, reference, old)
     )
     gradients, scores = _accumulated(
       piece_loss,
       state.params,
-      cut,
-      (batch, masks, extra),
+      (cut.split(batch), *cut.split_masks((masks, *more))),
+      cut.count,
+      cut.active(batch.keep),
       _no_scores(cut, masks, per_token, 1 + plan.inside),
       streams.summing_key(key),
       sum_dtype,
@@ -236,7 +236,7 @@ def make_update(
     reference = inside[0] if inside else reference
     arguments = (batch, masks, policy, reference, old)
     loss, metrics = loss_of(*arguments)
-    state, more = _applied(
+    state, said = _applied(
       state,
       gradients,
       (loss, policy, reference),
@@ -246,7 +246,7 @@ def make_update(
       learning_rate,
     )
     found = objectives.calibration(loss_of.terms(*arguments), objective)
-    return state, metrics | more | {"loss": loss}, found
+    return state, metrics | said | {"loss": loss}, found
 
   return update
 
@@ -262,8 +262,8 @@ def _piece_loss(plan, loss_of, scores_of, whole):
     whole: arguments of `loss_of` for the whole batch.
 
   Returns:
-    ((parameters, piece, masks, extra) -> (loss, scores of the piece); extra
-    for all pieces, cut like masks).
+    ((parameters, piece, masks, *more) -> (loss, scores of the piece); more,
+    of the whole batch, to be cut like the masks).
   """
   batch, masks, policy, reference, old = whole
 
@@ -277,15 +277,15 @@ def _piece_loss(plan, loss_of, scores_of, whole):
     loss, _ = loss_of(piece, mask, scores, reference, old)
     return loss, (scores, reference)
 
-  def one_pass(params, piece, mask, extra):
+  def one_pass(params, piece, mask, reference, old):
     scores = scores_of(params, piece, mask)
-    return loss_of(piece, mask, scores, *extra)[0], (scores,)
+    return loss_of(piece, mask, scores, reference, old)[0], (scores,)
 
   if plan.two_passes:
     weigh = lambda policy: loss_of(batch, masks, policy, reference, old)[0]  # noqa: E731
-    return two_passes, jax.grad(weigh)(policy)  # like the scores
+    return two_passes, (jax.grad(weigh)(policy),)  # like the scores
   if plan.inside:
-    return both_inside, old
+    return both_inside, (old,)
   return one_pass, (reference, old)
 
 
@@ -312,13 +312,21 @@ def _no_scores(cut, masks, per_token: bool, count: int):
   return (jnp.zeros((cut.count, cut.size, *shape), jnp.float32),) * count
 
 
-def _accumulated(piece_loss, params, cut, whole, empty, key, sum_dtype):
+def _accumulated(
+  piece_loss, params, pieces, count, active, empty, key, sum_dtype
+):
   """(sum of the micro-batches' gradients, their scores [M, n, ...]).
 
-  `whole` is the batch, with its masks and what else is cut like them.
+  Args:
+    piece_loss: of `_piece_loss`.
+    params: what is trained.
+    pieces: arguments of `piece_loss` behind the parameters, each [M, ...].
+    count: M.
+    active: i32 [], leading micro-batches that have a kept sequence.
+    empty: zeros like the scores.
+    key: of the bits that round sums.
+    sum_dtype: as of `make_update`.
   """
-  batch, *like_masks = whole
-  pieces = (cut.split(batch), *cut.split_masks(tuple(like_masks)))
 
   def gradient_of(index):
     piece = jax.tree.map(lambda x: x[index], pieces)
@@ -327,7 +335,7 @@ def _accumulated(piece_loss, params, cut, whole, empty, key, sum_dtype):
     )
     return gradient, scores
 
-  if cut.count == 1:
+  if count == 1:
     # No second copy of the gradients.
     gradients, scores = gradient_of(0)
     return gradients, jax.tree.map(lambda x: x[None], scores)
@@ -343,7 +351,6 @@ def _accumulated(piece_loss, params, cut, whole, empty, key, sum_dtype):
   start = jax.tree.map(
     lambda x: jnp.zeros_like(x, jnp.promote_types(x.dtype, sum_dtype)), params
   )
-  active = cut.active(batch.keep)
   return jax.lax.fori_loop(0, active, body, (start, empty))
 
 

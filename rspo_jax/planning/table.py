@@ -58,7 +58,7 @@ def _heading(plan: dict[str, Any]) -> list[str]:
   passes = {"one": "one pass", "two": "two passes"}[plan["passes"]]
   return [
     f"{plan['topology']}: {verdict} ({how}; nothing was run on hardware)",
-    f"{plan['chips']} chips as {mesh}; {plan['sequences']} sequences x "
+    f"{plan['chips']} chip{'s' * (plan['chips'] > 1)} as {mesh}; {plan['sequences']} sequences x "
     f"{plan['masks']} masks x {plan['prompt']}+{plan['completion']} tokens, "
     f"{plan['micro_batches']} micro-batches{at_a_time}, {passes}",
   ]

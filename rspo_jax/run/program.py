@@ -105,7 +105,7 @@ class Program:
 
   def policy(self, trained, reference=None):
     """Parameters for the jitted functions out of what the state holds."""
-    return policy(trained, self.frozen, reference)
+    return joined(trained, self.frozen, reference)
 
   def evaluation_fn(self, sampler: SamplerSettings, name: str) -> Compiled:
     """The rollout of an evaluation, made once for the settings of a sampler."""
@@ -203,8 +203,8 @@ class Program:
     }
 
 
-def policy(trained, frozen, reference=None):
-  """Parameters as the jitted functions take them.
+def joined(trained, frozen, reference=None):
+  """What is trained and what is frozen, as the jitted functions take them.
 
   Args:
     trained: what the state holds, all parameters or an adapter.
@@ -377,7 +377,7 @@ class _Maker:
       settings.likelihood,
       settings.objective,
       settings.scores,
-      policy,
+      joined,
       self.logprob_fn(dual=True),
       settings.optimizer.moment_dtype,
     )

@@ -150,7 +150,20 @@ def wait_for_rollout(run: Run, sampled: Sampled, watch: Stopwatch) -> None:
 
 
 def roll_out(run: Run, batches, watch: Stopwatch) -> Made:
-  """Samples, judges and makes one batch."""
+  """Samples, judges and makes one batch.
+
+  When its scores are computed (`ScorePlan`), and what the device does while
+  the host verifies:
+
+  | case                       | meanwhile          | scores               |
+  |----------------------------|--------------------|----------------------|
+  | no group can be dropped    | scores             | here, before rewards |
+  | groups can be dropped      | nothing            | by `train`, after    |
+  | rollouts one step behind   | the next rollout   | by `train`, after    |
+  | the same, with a ratio     | the next rollout   | here, after; those of |
+  |                            |                    | the older parameters |
+  |                            |                    | came with the rollout |
+  """
   program, settings, state = run.program, run.settings, run.state
   sampled = state.ahead or sample(run, batches, state.step, watch)
   prompts, out = sampled.prompts, sampled.completions

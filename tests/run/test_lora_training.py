@@ -52,7 +52,7 @@ def test_both_streams_are_the_merged_models_and_share_one_gradient():
   frozen = lora.Adapted(base, None, reference, SETTINGS.scale)
   weighed = lambda fn: lambda params, *a: fn(lora.weights(params), *a)  # noqa: E731
   state = init_state(policy, optax.sgd(1.0))
-  dual, metrics = update_of(program_lib.policy, weighed(one), weighed(both))(
+  dual, metrics = update_of(program_lib.joined, weighed(one), weighed(both))(
     state, batch, steps.KEY, None, frozen=frozen
   )
 

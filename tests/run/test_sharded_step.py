@@ -140,7 +140,7 @@ def on_mesh(shape, cut, kind, base, adapters, batch, key):
       steps.objective_of(lambda_=LAMBDA),
       logprob_fn=weighed(one),
       sequences=TOTAL,
-      join=program_lib.policy,
+      join=program_lib.joined,
       pair_fn=weighed(both) if kind == "dual" else None,
     ),
     out_shardings=(
@@ -155,7 +155,7 @@ def on_mesh(shape, cut, kind, base, adapters, batch, key):
   if kind != "dual" or step.passes == "two":
     scores = estimate(reference, batch, key)
   if step.passes == "two":
-    policy = estimate(program_lib.policy(trained, frozen), batch, key)
+    policy = estimate(program_lib.joined(trained, frozen), batch, key)
   after, metrics = update(state, batch, key, scores, policy, None, frozen)
   gradient = jax.tree.map(jnp.subtract, trained, after.params)
   return float(metrics["loss"]), jax.device_get(gradient)

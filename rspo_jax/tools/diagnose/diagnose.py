@@ -21,7 +21,6 @@ prints the table. Units: nats per token and their squares.
 import functools
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from rspo_jax.config import cli, identity, keys, load
@@ -217,5 +216,4 @@ def _diagnose(options) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
-  argv = sys.argv[1:] if argv is None else argv
-  return PARSER.run(_diagnose, argv or ["--help"])
+  return PARSER.run(_diagnose, argv)
